@@ -112,7 +112,7 @@ class ViT(nn.Module):
         learned = config.pos == "learned"
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim)) if learned else None
         self.pos_drop = nn.Dropout(config.dropout)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, attention, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.head = self._head()
