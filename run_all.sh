@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Sets up .venv where needed, then runs the notebooks (or, with --test, the tests). Options: ./run_all.sh --help
+# This file only installs; everything else is vitlab/cli.py, which needs no installed package to check options.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+venv=$here/.venv
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" VITLAB_PROG=run_all.sh
+
+die() { echo "run_all.sh: $*" >&2; exit 2; }
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+find_python() {
+    if [ -n "${VITLAB_PYTHON:-}" ]; then
+        new_enough "$VITLAB_PYTHON" || die "VITLAB_PYTHON=$VITLAB_PYTHON is no Python >= 3.11"
+        echo "$VITLAB_PYTHON"
+        return
+    fi
+    local name
+    for name in python3 python python3.13 python3.12 python3.11 python3.14; do
+        if new_enough "$name"; then command -v "$name"; return; fi
+    done
+    die "no Python >= 3.11 found; name one with VITLAB_PYTHON"
+}
+
+# A .venv whose interpreter is gone is made again. Without ensurepip (Debian packs it apart) uv can make one too.
+make_venv() {
+    if "$venv/bin/python" -c '' >/dev/null 2>&1; then return; fi
+    if [ -e "$venv/pyvenv.cfg" ]; then rm -rf "$venv"; fi
+    echo "making .venv with $("$1" --version)"
+    if "$1" -m venv "$venv" >/dev/null 2>&1; then return; fi
+    rm -rf "$venv"
+    if uv --version >/dev/null 2>&1; then uv venv --quiet --python "$1" "$venv"; return; fi
+    die "$1 cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv) or uv"
+}
+
+find_uv() {
+    if uv --version >/dev/null 2>&1; then echo uv; return; fi
+    if [ ! -x "$venv/bin/uv" ]; then "$venv/bin/python" -m pip install --quiet uv >&2; fi
+    echo "$venv/bin/uv"
+}
+
+# The stamp is written last, so an installation that was cut short is done again.
+install() {
+    local stamp=$venv/.vitlab-installed wanted uv
+    wanted="$here $(cd "$here" && cksum requirements.lock pyproject.toml)"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
+    uv=$(find_uv)
+    echo "installing requirements.lock into .venv"
+    # one command for all: torch and torchvision have to come from the same index
+    "$uv" pip install --quiet --python "$venv/bin/python" -r "$here/requirements.lock"
+    "$uv" pip install --quiet --python "$venv/bin/python" --no-deps -e "$here"
+    echo "$wanted" >"$stamp"
+}
+
+base=$(find_python)
+"$base" -P -m vitlab.cli run --check-options "$@" || exit $?
+no_install=false
+for option in "$@"; do
+    case $option in
+        -h | --help) exit 0 ;;
+        --no-install) no_install=true ;;
+    esac
+done
+if $no_install; then
+    exec "$base" -P -m vitlab.cli run "$@"
+fi
+make_venv "$base"
+install
+exec "$venv/bin/python" -P -m vitlab.cli run "$@"
