@@ -1,0 +1,127 @@
+"""A small fast ResNet for small images: the CNN teacher, trained on the same data as its student."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """Shape of a `ResNet`. widths: channels of the stages, the first at full resolution, each later one at half
+    of the one before; residual: stages (from 0) that end in a residual pair of convolutions.
+
+    The defaults are ResNet-9 (Page 2018, DAWNBench; 6.6 M parameters, 0.38 G multiply-accumulates at 32 x 32);
+    widths (32, 64, 128, 256) are a quarter of it.
+    """
+
+    image_size: int = 32
+    in_chans: int = 3
+    num_classes: int = 10
+    widths: tuple = (64, 128, 256, 512)
+    residual: tuple = (1, 3)
+    logit_scale: float = 0.125
+
+    def __post_init__(self):
+        for name in ("widths", "residual"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.widths or any(not isinstance(w, int) or w < 1 for w in self.widths):
+            raise ValueError(f"widths={self.widths}: whole numbers of at least 1 are needed, one a stage")
+        if not set(self.residual) <= set(range(len(self.widths))):
+            raise ValueError(f"residual={self.residual}: stages from 0 to {len(self.widths) - 1}")
+        if self.image_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(f"image_size={self.image_size} cannot be halved {len(self.widths) - 1} times")
+
+
+class ResNet(nn.Module):
+    """images B C H W, normalised -> logits B K; with `intermediates=True` also {"features": [B C_i H_i W_i after
+    each stage], "pooled": B C}."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        inputs = (config.in_chans, *config.widths)
+        self.stages = nn.ModuleList(
+            _Stage(inputs[i], width, pool=i > 0, residual=i in config.residual) for i, width in enumerate(config.widths)
+        )
+        self.head = nn.Linear(config.widths[-1], config.num_classes, bias=False)
+
+    def forward(self, images, intermediates=False):
+        x, features = images, []
+        for stage in self.stages:
+            x = stage(x)
+            if intermediates:
+                features.append(x)
+        pooled = x.amax((2, 3))
+        logits = self.head(pooled) * self.config.logit_scale
+        return (logits, {"features": features, "pooled": pooled}) if intermediates else logits
+
+
+class _Stage(nn.Module):
+    def __init__(self, inputs, outputs, *, pool, residual):
+        super().__init__()
+        self.pool = pool
+        self.conv = _conv(inputs, outputs)
+        self.residual = nn.Sequential(_conv(outputs, outputs), _conv(outputs, outputs)) if residual else None
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = F.max_pool2d(x, 2) if self.pool else x
+        return x if self.residual is None else x + self.residual(x)
+
+
+def _conv(inputs, outputs):
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def save(model, path):
+    """Write weights and configuration to one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    from vitlab.files import atomic, plain
+
+    meta = {"format": "vitlab-resnet-1", "config": json.dumps(plain(model.config))}
+    with atomic(path) as part:
+        save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
+
+
+def load(path, device="cpu"):
+    """The ResNet that `save` wrote, in eval mode."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        if meta.get("format") != "vitlab-resnet-1":
+            raise ValueError(f"{path} was not written by vitlab.models.resnet.save (its metadata: {meta})")
+        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    stored = json.loads(meta["config"])
+    if unknown := sorted(set(stored) - {f.name for f in dataclasses.fields(ResNetConfig)}):
+        raise ValueError(f"{path} holds options that this version does not know: {', '.join(unknown)}")
+    model = ResNet(ResNetConfig(**stored))
+    model.load_state_dict(state)
+    return model.eval().to(device)
+
+
+def macs(config):
+    """Closed-form multiply-accumulates of one image (convolutions and the linear layer)."""
+    total, side, width = config.widths[-1] * config.num_classes, config.image_size, config.in_chans
+    for i, out in enumerate(config.widths):
+        total += 9 * side**2 * width * out  # before its pooling
+        side //= 2 if i else 1
+        total += 2 * 9 * side**2 * out * out * (i in config.residual)
+        width = out
+    return total
+
+
+def embedding_images(images, side):
+    """Resize images B C H W bilinearly to `side` x `side`, unless they are of that size."""
+    if images.shape[-2:] == torch.Size((side, side)):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+
+__all__ = ["ResNet", "ResNetConfig", "load", "macs", "save"]
