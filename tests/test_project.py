@@ -26,10 +26,10 @@ MACHINE_PATH = re.compile(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)")
 
 # A module imports only from floors below its own; within a floor, helpers may be imported without a cycle.
 FLOORS = {
-    0: "files rng assets data sources bundled augment randaugment imageops",
+    0: "files rng assets imageops pictures sources data geometry randaugment augment",
     1: "models kernels published",
-    2: "recipe resume train predict inference counts meters power measure compress",
-    3: "claims plots study",
+    2: "recipe resume train inference predict counts meters power measure provenance compress",
+    3: "claims plots zoo study",
     4: "notebooks execution selftest runner cli",
 }
 

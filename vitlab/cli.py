@@ -24,7 +24,7 @@ command goes on; 130 interrupted"""
 SETUP_HELP = """\
 set-up by run_all.sh (these are not options of `vitlab run`'s own work):
   VITLAB_PYTHON   the interpreter that .venv is made from; with --no-install, the one that is used as it is
-  VITLAB_DATA     folder with cifar10.npz, cifar100.npz; without it CIFAR is downloaded
+  VITLAB_DATA     folder with cifar10.npz, cifar100.npz (default: ~/.cache/vitlab, downloaded to there)
   VITLAB_ROOT     folder that results go to (default: the checkout)"""
 
 
@@ -69,7 +69,7 @@ def add_data(commands):
     """`vitlab data`: get data sets and say what is in them."""
     sub = commands.add_parser("data", help="fetch, check and describe data sets", allow_abbrev=False)
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
-    sub.add_argument("--root", help="where they are looked for and kept (default: VITLAB_DATA, else data/)")
+    sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
     sub.set_defaults(action=data)
 
 
@@ -112,7 +112,10 @@ def run(options):
     if options.check_options:
         return 0
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{sys.executable} lacks {', '.join(missing)}; install requirements.lock into it")
+        raise ValueError(
+            f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
+            f"another interpreter with VITLAB_PYTHON"
+        )
     from vitlab import notebooks, runner
 
     project = notebooks.project(options.project)

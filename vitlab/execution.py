@@ -79,9 +79,11 @@ def _interrupt_at(moment, kernels, overran):
         if over.wait(max(0, moment - time.time())):
             return
         overran.append(True)
-        _signal(kernels, signal.SIGINT)
-        if not over.wait(PATIENCE):
-            _signal(kernels, signal.SIGKILL)
+        for _ in range(PATIENCE // 2):  # a kernel that is just starting a cell does not hear the first one
+            _signal(kernels, signal.SIGINT)
+            if over.wait(2):
+                return
+        _signal(kernels, signal.SIGKILL)
 
     thread = threading.Thread(target=watch, daemon=True)
     if moment is not None:

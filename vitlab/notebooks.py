@@ -73,7 +73,7 @@ def find(source):
 def inspect(path):
     """The Notebook in the file `path`; ValueError where its parameters cannot be read off the source."""
     node = nbformat.read(path, as_version=4)
-    heading = next((c.source for c in node.cells if c.cell_type == "markdown" and c.source.strip()), "")
+    heading = next((text for kind, text in source_cells(node) if kind == "markdown" and text.strip()), "")
     title = heading.strip().splitlines()[0].lstrip("# ").strip() if heading else Path(path).stem
     reads = tuple(node.metadata.get("vitlab", {}).get("reads", ()))
     return Notebook(Path(path), title, defaults(node, Path(path).name), reads, source_sha256(node))
@@ -220,6 +220,18 @@ def _clean_value(value, paths):
     return [_clean_value(v, paths) for v in value] if isinstance(value, list) else value
 
 
+def _joined(outputs):
+    """Outputs with the pieces of one stream, which arrive print by print, put together."""
+    joined = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and output.name == last.get("name"):
+            last["text"] += output.text
+        else:
+            joined.append(dict(output))
+    return joined
+
+
 def clean(node, job_project):
     """A copy of the executed notebook fit to be published: no machine paths, widgets or run metadata."""
     paths, cells = machine_paths(job_project), []
@@ -232,7 +244,7 @@ def clean(node, job_project):
         if set(tags) & {INJECTED, "papermill-error-cell-tag"}:
             cell.id = f"added-{number}"
         if cell.cell_type == "code":
-            shown = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            shown = [o for o in _joined(cell.outputs) if WIDGET not in o.get("data", {})]
             cell.outputs = [nbformat.from_dict(_clean_value(o, paths)) for o in shown]
         cells.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -1,16 +1,15 @@
 """Run the notebooks: preset, order, resume, budget, executed copies, summary."""
 
 import contextlib
-import datetime
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -20,7 +19,7 @@ from vitlab.execution import environment, execute
 
 DONE, SKIPPED, PAUSED, FAILED, WAITING = "done", "up to date", "paused", "failed", "not started"
 PAUSED_CODE, FAILED_CODE = 75, 1
-VERSIONS = ("vitlab", "torch", "torchvision", "numpy", "timm", "papermill")
+CIFAR = ("cifar10.npz", "cifar-10-batches-py", "cifar-10-python.tar.gz")
 PROBE = "import torch;print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -56,9 +55,11 @@ def choose_preset(project):
         return "tiny", "no CUDA device"
     if "gpu" not in nb.presets(project.source):
         return "tiny", f"{device} is here, but there is no presets/gpu.yaml"
-    folder = Path(os.environ.get("VITLAB_DATA") or project.root / "data")
-    where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "data/"
-    if any(folder.glob("cifar*10*")):
+    from vitlab.sources import home
+
+    folder = Path(os.environ.get("VITLAB_DATA") or home())
+    where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "~/.cache/vitlab"
+    if any((folder / name).exists() for name in CIFAR):
         return "gpu", f"{device}, CIFAR under {where}"
     with contextlib.suppress(OSError), socket.create_connection(("www.cs.toronto.edu", 443), timeout=5):
         return "gpu", f"{device}, CIFAR can be downloaded"
@@ -163,13 +164,18 @@ def run_one(project, job, fresh=False, deadline=None, limit=None, timeout=None):
     if overran:
         error = ("TimeoutError", f"stopped after {duration(timeout)} (--notebook-timeout)", "")
     marks = {"status": FAILED if error else DONE, "inputs": before, "wall_s": wall}
-    marks |= _provenance(project, job)
+    marks |= _marks(project, job)
     if scratch.exists():
         _publish(project, job, scratch, marks)
     if error:
-        print(error[2] or f"{error[0]}: {error[1]}", file=sys.stderr, flush=True)
+        _complain(error[2] or f"{error[0]}: {error[1]}")
         return Outcome(job.notebook.stem, FAILED, wall, f"{error[0]}: {_first_line(error[1])}")
     return Outcome(job.notebook.stem, DONE, wall)
+
+
+def _complain(text):
+    plain = text if sys.stderr.isatty() else re.sub(r"\x1b\[[\d;]*m", "", text)
+    print(plain, file=sys.stderr, flush=True)
 
 
 def _publish(project, job, scratch, marks):
@@ -182,29 +188,19 @@ def _publish(project, job, scratch, marks):
     scratch.unlink()
 
 
-def _provenance(project, job):
-    """The rest of an executed notebook's stamp: what ran, from which commit, on what."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    commit = _git(project, "rev-parse", "--short=12", "HEAD")
-    changed = _git(project, "status", "--porcelain", "--", "vitlab", "notebooks", "presets")
-    return {
-        "source_sha256": job.notebook.source_sha256, "preset": job.preset,
-        "parameters": json.loads(json.dumps(job.parameters)), "commit": commit, "dirty": bool(changed),
-        "versions": versions, "device": cuda_device() or "cpu",
+def _marks(project, job):
+    """The rest of an executed notebook's stamp: what ran, with which parameters, from which code, on what."""
+    from vitlab.provenance import provenance
+
+    marks = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
+    marks.pop("cuda", None)
+    return marks | {
+        "device": cuda_device() or marks["device"],
+        "source_sha256": job.notebook.source_sha256,
+        "preset": job.preset,
+        "parameters": json.loads(json.dumps(job.parameters)),
         "rows": len(project.rows(job.preset, job.notebook.stem)),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _git(project, *arguments):
-    command = ["git", "-C", str(project.source), *arguments]
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(command, capture_output=True, text=True)
-        return answer.stdout.strip() or None if answer.returncode == 0 else None
-    return None
 
 
 def exit_code(outcomes):

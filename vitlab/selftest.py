@@ -33,7 +33,7 @@ def prepare(project, folder, preset="tiny"):
     import papermill
 
     found = nb.find(project.source)
-    values = nb.preset_parameters(project.source, preset, found)
+    values = nb.preset_parameters(project.source, preset, found) if found else {}
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
