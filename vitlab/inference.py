@@ -1,0 +1,59 @@
+"""How a model is run to be looked at: its device, its mode, images of the right kind."""
+
+import contextlib
+import platform
+from pathlib import Path
+
+import torch
+
+
+@contextlib.contextmanager
+def running(functions, device, dtype=None):
+    """Inference mode, autocast to `dtype`, and the modules among `functions` in eval mode, for a block.
+
+    Autocast keeps its cast weights that long, so repeated runs pay for them once, as a server does.
+    """
+    modes = {m: m.training for f in functions if isinstance(f, torch.nn.Module) for m in f.modules()}
+    for module in modes:
+        module.training = False
+    cast = contextlib.nullcontext()
+    if dtype not in (None, torch.float32):
+        cast = torch.autocast(device.type, dtype=dtype)
+    try:
+        with torch.inference_mode(), cast:
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_name(device):
+    """"NVIDIA H200", or the processor's name with the number of threads torch uses."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = (names[0] if names else "") or platform.processor() or platform.machine() or "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
+
+
+def device_of(model):
+    """The device of the model's first parameter or buffer (CPU when it has none)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def eager(model):
+    """The module inside a compiled one; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def example(model, shape, batch=1, device=None):
+    """Random images (batch C H W) of the model's own dtype on its device, the same ones every time."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
+    return images.to(device or device_of(model), next(floats, torch.float32))
