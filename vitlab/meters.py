@@ -53,9 +53,9 @@ def compare(functions, example=None, *, device=None, dtype=None, warmup=5, secon
 
     Round-robin, the order turned by one each round, so that clock drift and noisy neighbours hit all alike.
     Each is called with `example` (a tensor or a tuple of them; None: no argument), `warmup` times unmeasured,
-    then until it has had `seconds` seconds and `min_runs` runs. Modules are put into eval mode; a function that
-    wraps one must see to that itself. CUDA: events around one run on an idle
-    device, launch overhead included. CPU: perf_counter_ns.
+    then until it has had `seconds` seconds and `min_runs` runs. Modules are put into eval mode; a function
+    that wraps one must see to that itself. CUDA: events around one run on an idle device, launch overhead
+    included. CPU: perf_counter_ns.
     """
     if not functions or min_runs < 1 or warmup < 0:
         raise ValueError(f"need functions, min_runs >= 1, warmup >= 0; got {functions}, {min_runs}, {warmup}")
