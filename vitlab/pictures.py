@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vitlab.files import digest
 
 FOLDER_SIZE = 64
+KINDS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -85,16 +86,18 @@ def _facts(path):
 
 def listing(folder):
     """([(relative name, label)], class names) in torchvision ImageFolder's order, without what is hidden."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
+    # not by ImageFolder itself: importing torchvision takes longer than opening the cache
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     if not classes:
         raise ValueError(f"{folder} has no class folders (one folder of images a class is expected)")
-    numbers = {name: k for k, name in enumerate(classes)}
-    found = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    names = [(path[len(str(folder)) + 1 :], k) for path, k in found]
-    items = [(name, k) for name, k in names if not re.search(r"(^|[\\/])\.", name)]
-    demand_all(items, classes, f"{folder} (images end in {' '.join(IMG_EXTENSIONS)})")
+    items, start = [], len(str(folder)) + 1
+    for label, name in enumerate(classes):
+        for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            names = (
+                os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS)
+            )
+            items += [(n, label) for n in names if not re.search(r"(^|[\\/])\.", n)]
+    demand_all(items, classes, f"{folder} (images end in {' '.join(KINDS)})")
     return items, classes
 
 
