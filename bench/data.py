@@ -3,10 +3,10 @@
     python bench/data.py [--dataset tiny|cifar10] [--batch 128] [--seconds 5] [--json FILE]
 
 Ours shuffles, augments and normalises whole batches in this process on one thread. The baseline does the same
-with torchvision.transforms.v2, image by image, in a DataLoader of two worker processes of one thread each, started
-and warmed up before the clock runs and never waiting for the end of an epoch; once on uint8 tensors and once
-on PIL images. All are measured in turns, several times; the ratio is of the medians, against the faster of the
-two baselines.
+with torchvision.transforms.v2, image by image, in a DataLoader of two worker processes of one thread each,
+started and warmed up before the clock runs and never waiting for the end of an epoch; once on uint8 tensors
+and once on PIL images. All are measured in turns, several times; the ratio is of the medians, against the
+faster of the two baselines.
 """
 
 import argparse
