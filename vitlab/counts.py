@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import re
 import warnings
 
 import safetensors.torch
@@ -94,6 +95,26 @@ def macs(model, shape, *, device=None):
     (torch.utils.flop_counter.register_flop_formula), without which they are named in a warning.
     """
     return macs_by_module(model, shape, device=device)[""]
+
+
+def macs_by_part(model, shape):
+    """MACs of one image through a ViT (ours or timm's) by kind of work: {"stem", "qkv", "attention products",
+    "projection", "MLP", "head"}, summed over the blocks. What belongs to none of them is "other".
+    """
+    found = macs_by_module(model, shape)
+
+    def total(pattern):
+        return sum(v for name, v in found.items() if re.fullmatch(pattern, name))
+
+    parts = {
+        "stem": total("patch_embed"),
+        "qkv": total(r"blocks\.\d+\.attn\.qkv"),
+        "attention products": total(r"blocks\.\d+\.attn") - total(r"blocks\.\d+\.attn\.(qkv|proj)"),
+        "projection": total(r"blocks\.\d+\.attn\.proj"),
+        "MLP": total(r"blocks\.\d+\.mlp"),
+        "head": total("head(_dist)?"),
+    }
+    return parts | {"other": found[""] - sum(parts.values())}
 
 
 def ptflops_macs(model, shape):

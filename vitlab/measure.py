@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vitlab.counts import macs, macs_by_module, parameters, ptflops_macs, size_bytes
+from vitlab.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
 from vitlab.inference import device_name, device_of, example
 from vitlab.meters import (
     Energy,
@@ -24,7 +24,7 @@ from vitlab.predict import input_size, logits
 
 __all__ = [
     "COLUMNS", "Accuracy", "Energy", "EnergyMeter", "Memory", "Timing", "accuracy", "compare", "device_name",
-    "energy_per_image", "latency", "macs", "macs_by_module", "measure", "parameters", "peak_memory",
+    "energy_per_image", "latency", "macs", "macs_by_module", "macs_by_part", "measure", "parameters", "peak_memory",
     "ptflops_macs", "score", "show", "size_bytes", "throughput",
 ]
 

@@ -126,7 +126,7 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
 def _plain_log(axis_):
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis_.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis_.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis_.set_minor_formatter(NullFormatter())
 

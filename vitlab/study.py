@@ -188,6 +188,13 @@ class Study:
         return claims.summary([self.verdicts.get(c.id) or claims.settle(c, None, as_published=False) for c in selected])
 
 
+def say(text):
+    """Show a sentence, written in Markdown, where a notebook shows outputs (plain text elsewhere)."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))
+
+
 def read_rows(root, preset, notebook="*"):
     """A DataFrame of all rows under results/<preset>/<notebook>/; empty where there are none."""
     import pandas as pd
