@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from vitlab import cli, notebooks, runner, selftest
+from vitlab.notebooks import package_digest
 
 REPOSITORY = Path(__file__).parents[1]
-PARAMETERS = 'preset = "tiny"\nseeds = [0]\nrate = 0.5\nepochs = 1'
+PARAMETERS = 'preset = "tiny"\nseeds = [0]\nrate = 0.5  # "a, b", c = d\nepochs = 1'
 ROW = """
 import json, os, pathlib
 folder = pathlib.Path(os.environ["VITLAB_ROOT"]) / "results" / preset / {name!r}
@@ -25,9 +26,11 @@ folder.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture(autouse=True)
-def no_probe(monkeypatch):
+def fixed_surroundings(monkeypatch):
     # the real one starts a process that imports torch
     monkeypatch.setattr(runner, "cuda_device", lambda: "")
+    # somebody may be editing the package while its tests run
+    monkeypatch.setattr(notebooks, "package_digest", lambda: "this package")
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ f"{{os.getcwd()}}/figures/tiny/x.png"
     assert runner.exit_code(outcomes) == 1
     said = capfd.readouterr()
     assert f"epoch 1 {sys.executable} {project.root} None 7" in said.out
-    assert "ZeroDivisionError" in said.err
+    assert "ZeroDivisionError" in said.err and "Unable to parse" not in said.err
     assert [o.note for o in outcomes][1] == "ZeroDivisionError: division by zero"
 
     copy = project.root / "executed" / "tiny" / "01_good.ipynb"
@@ -141,6 +144,15 @@ def test_what_makes_a_finished_run_stale(make, monkeypatch):
     assert json.loads(row.read_text())["fresh"] == "1"
     row.unlink()
     assert runner.standing(project, job) == "stale"
+
+
+def test_package_digest_sees_every_source_file(tmp_path):
+    digests = [package_digest(tmp_path)]
+    for name, text in (("a.py", "1"), ("sub/b.py", "1"), ("sub/b.py", "2"), ("c.toml", ""), ("d.pyc", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        digests.append(package_digest(tmp_path))
+    assert len(set(digests[:-1])) == 5 and digests[-1] == digests[-2]
 
 
 def test_budget_pauses_and_leaves_the_rest(make):

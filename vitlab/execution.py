@@ -1,6 +1,7 @@
 """Execute one notebook in a kernel of this interpreter, stopped in time and never left behind."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -11,22 +12,31 @@ from pathlib import Path
 PATIENCE = 10  # seconds between asking a kernel to stop and killing it
 
 
+def papermill_run(path, output, parameters, **options):
+    """papermill.execute_notebook for any path, without its remarks on parameters: they are checked before."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    literal = {ord("{"): "{{", ord("}"): "}}"}  # papermill formats paths
+    source, target = (str(p).translate(literal) for p in (path, output))
+    return papermill.execute_notebook(
+        source, target, parameters, kernel_name="python3", language="python", **options
+    )
+
+
 def execute(path, scratch, parameters, cwd, end=None):
     """Run the notebook `path` into the file `scratch`, its working folder `cwd`, with output as it comes.
 
     Returns (error, overran): the first exception as (name, message, traceback) or None; whether it was
     stopped because the unix time `end` had come.
     """
-    import papermill
     from papermill.exceptions import PapermillExecutionError
 
     kernels, overran, error = [], [], None
-    literal = {ord("{"): "{{", ord("}"): "}}"}  # papermill formats paths
     try:
         with _interrupt_at(end, kernels, overran):
-            papermill.execute_notebook(
-                str(path).translate(literal), str(scratch).translate(literal), parameters,
-                kernel_name="python3", language="python", progress_bar=False, cwd=str(cwd),
+            papermill_run(
+                path, scratch, parameters, progress_bar=False, cwd=str(cwd),
                 stdout_file=sys.stdout, stderr_file=sys.stderr, autosave_cell_every=30,
                 kernel_manager_class=_kernel_manager(kernels), shutdown_kernel="immediate",
                 extra_arguments=["--log-level=ERROR"],

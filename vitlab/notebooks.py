@@ -163,9 +163,9 @@ def _fits(value, default):
     return type(value) is type(default)
 
 
-def package_digest():
+def package_digest(folder=None):
     """A digest of every source file of the package: what an executed notebook depends on besides itself."""
-    here = Path(__file__).parent
+    here = Path(folder or Path(__file__).parent)
     files = sorted(p for p in here.rglob("*") if p.suffix in {".py", ".toml"})
     return digest({str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
 

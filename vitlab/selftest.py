@@ -7,6 +7,7 @@ import tempfile
 import time
 
 from vitlab import notebooks as nb
+from vitlab.execution import papermill_run
 
 CELL_TIMEOUT_S = 300
 NOTHING_COLLECTED = 5  # pytest's exit code where it found no test at all
@@ -30,19 +31,13 @@ def prepare(project, folder, preset="tiny"):
 
     nbval runs notebooks as they are, so papermill writes the parameters into them beforehand.
     """
-    import papermill
-
     found = nb.find(project.source)
     values = nb.preset_parameters(project.source, preset, found) if found else {}
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.ipynb"):
         old.unlink()
-    literal = {ord("{"): "{{", ord("}"): "}}"}  # papermill formats paths
     for notebook in found:
-        papermill.execute_notebook(
-            str(notebook.path).translate(literal), str(folder / notebook.path.name).translate(literal),
-            values[notebook.stem], prepare_only=True, kernel_name="python3", language="python",
-        )
+        papermill_run(notebook.path, folder / notebook.path.name, values[notebook.stem], prepare_only=True)
     return [folder / n.path.name for n in found]
 
 
