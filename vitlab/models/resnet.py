@@ -4,7 +4,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -45,7 +44,8 @@ class ResNet(nn.Module):
         self.config = config
         inputs = (config.in_chans, *config.widths)
         self.stages = nn.ModuleList(
-            _Stage(inputs[i], width, pool=i > 0, residual=i in config.residual) for i, width in enumerate(config.widths)
+            _Stage(inputs[i], width, pool=i > 0, residual=i in config.residual)
+            for i, width in enumerate(config.widths)
         )
         self.head = nn.Linear(config.widths[-1], config.num_classes, bias=False)
 
@@ -115,13 +115,6 @@ def macs(config):
         total += 2 * 9 * side**2 * out * out * (i in config.residual)
         width = out
     return total
-
-
-def embedding_images(images, side):
-    """Resize images B C H W bilinearly to `side` x `side`, unless they are of that size."""
-    if images.shape[-2:] == torch.Size((side, side)):
-        return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 __all__ = ["ResNet", "ResNetConfig", "load", "macs", "save"]
