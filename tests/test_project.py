@@ -30,7 +30,7 @@ FLOORS = {
     1: "models kernels published",
     2: "recipe resume train inference predict counts meters power measure provenance compress",
     3: "claims plots zoo study",
-    4: "notebooks execution selftest runner cli",
+    4: "readme notebooks execution selftest runner cli",
 }
 
 
