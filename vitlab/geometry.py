@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vitlab.imageops import rotate
 
@@ -78,21 +79,22 @@ class Crop:
         count, channels, height, width = images.shape
         if self.mode == "reflect" and self.padding >= min(height, width):
             raise ValueError(f"crop({self.padding}): the padding must be below the size, {height}x{width}")
-        (rows, inside_y), (columns, inside_x) = (
-            self._source(start, size) for start, size in zip(params, (height, width))
-        )
-        index = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1)
-        cut = images.flatten(2).gather(2, index.expand(-1, channels, -1)).view(images.shape)
-        if self.mode == "zero":
-            cut = cut * (inside_y[:, :, None] & inside_x[:, None, :]).unsqueeze(1)
-        return cut
+        padded = self._pad(images)
+        top, left = params
+        # every row of the result is one run of memory: its place in the padded batch, B C H
+        row = torch.arange(count * channels, device=images.device).view(count, channels, 1) * padded.shape[2]
+        row = row + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
+        start = row * padded.shape[3] + left.view(-1, 1, 1)
+        return padded.reshape(-1).unfold(0, width, 1).index_select(0, start.flatten()).view(images.shape)
 
-    def _source(self, start, size):
-        """Source index of every output row (or column), B size, and whether it lies in the image."""
-        place = start[:, None] + torch.arange(size, device=start.device) - self.padding
-        if self.mode == "reflect":
-            return size - 1 - (size - 1 - place.abs()).abs(), None
-        return place.clamp(0, size - 1), (place >= 0) & (place < size)
+    def _pad(self, images):
+        sides = (self.padding,) * 4
+        if self.mode == "zero":
+            return F.pad(images, sides)
+        if images.device.type == "cpu" or images.is_floating_point():
+            return F.pad(images, sides, mode="reflect")
+        # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
+        return F.pad(images.float(), sides, mode="reflect").to(images.dtype)
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,9 @@ class Flip:
         return (_uniform(generator, images.device, len(images)) < self.p,)
 
     def apply(self, images, params):
-        flipped = params[0]
-        if images.device.type != "cpu":
-            return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
-        rows = flipped.nonzero().flatten()
-        return images.index_copy(0, rows, images[rows].flip(3))
+        # choosing whole images from both versions copies memory in long runs, unlike a mask
+        both = torch.cat((images, images.flip(3)))
+        return both.index_select(0, torch.arange(len(images), device=images.device) + params[0] * len(images))
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,8 @@ def rotate(images, degrees):
 
 
 def _apply_one(name, images, magnitude):
+    if name == "Identity" or not len(images):
+        return images
     if name in TABLES:
         return _look_up(images, TABLES[name](images, magnitude))
     if name in MATRICES:
@@ -190,12 +192,11 @@ def _apply_one(name, images, magnitude):
 
 
 def _apply_grouped(images, operation, magnitude, names):
-    images = images.clone()
-    for name in names:
-        rows = (operation == CODE[name]).nonzero().flatten()
-        if name != "Identity" and len(rows):
-            images.index_copy_(0, rows, _apply_one(name, images[rows], magnitude[rows]))
-    return images
+    order = operation.argsort()
+    counts = operation.bincount(minlength=len(OPERATIONS)).tolist()
+    groups = zip(OPERATIONS, images.index_select(0, order).split(counts), magnitude[order].split(counts))
+    done = [_apply_one(name, group, amount) if name in names else group for name, group, amount in groups]
+    return torch.cat(done).index_select(0, order.argsort())
 
 
 def _apply_all(images, operation, magnitude, names):
