@@ -136,7 +136,9 @@ def normalize(images, mean, std, size=None, dtype=torch.float32):
     pixels = images.float()
     if size is not None:
         pixels = _resize(pixels, (size, size) if isinstance(size, int) else tuple(size))
-    return pixels.mul(scale).add_(shift).to(dtype)
+    # in place where the pixels are a copy: a second large buffer costs more than the arithmetic
+    pixels = pixels.mul(scale) if pixels is images else pixels.mul_(scale)
+    return pixels.add_(shift).to(dtype)
 
 
 def _resize(images, size):
