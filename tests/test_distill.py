@@ -1,4 +1,4 @@
-"""Distillation losses against float64 formulas, and the teacher's isolation from the student and the objective."""
+"""Distillation losses against float64 formulas; the teacher's isolation from student and objective."""
 
 import copy
 
@@ -45,9 +45,7 @@ def formula_soft(student, teacher, t):
 
 
 def cross_entropy64(logits, targets):
-    return float(
-        -(targets.double().numpy() * log_softmax(logits.detach().double().numpy(), axis=1)).sum(1).mean()
-    )
+    return float(-(targets.double().numpy() * log_softmax(logits.detach().double().numpy(), axis=1)).sum(1).mean())
 
 
 def test_soft_and_standardised_losses():
@@ -62,9 +60,7 @@ def test_soft_and_standardised_losses():
     assert torch.allclose(standardised(7 * goal + 3), standardised(goal), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind, temperature, alpha", [("soft", 4.0, 0.7), ("zscore", 2.0, 0.9), ("hard", 1.0, 0.5)]
-)
+@pytest.mark.parametrize("kind, temperature, alpha", [("soft", 4.0, 0.7), ("zscore", 2.0, 0.9), ("hard", 1.0, 0.5)])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_objective_against_float64(kind, temperature, alpha, distilled):
     model, teacher, seen = student(distilled=distilled), cnn().eval(), batch()
@@ -197,8 +193,8 @@ def dataset():
     draw = rng.generator(0, "data")
     pixels = torch.randint(0, 256, (64, 3, 16, 16), generator=draw, dtype=torch.uint8)
     split = Split(pixels, torch.arange(64) % 10)
-    return Dataset(name="noise", train=split, val=split, test=split, classes=tuple("abcdefghij"), mean=(0.5,) * 3,
-                   std=(0.25,) * 3, key="noise")  # fmt: skip
+    return Dataset(name="noise", train=split, val=split, test=split, classes=tuple("abcdefghij"),
+                   mean=(0.5,) * 3, std=(0.25,) * 3, key="noise")  # fmt: skip
 
 
 def test_fit_trains_projectors_gates_and_slim_students():

@@ -18,7 +18,7 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
     `meter(SlimConfig) -> ms`; default `timed`).
     scope: units are ranked "global"ly, per "layer" (structure), or per "kind" of structure over all
     layers (isomorphic pruning, Fang et al. 2024). per_mac: scores are divided by what a unit costs.
-    multiple: widths (a head's query/key and value channels, MLP, embedding) become the nearest multiple of it.
+    multiple: widths (a head's query/key and value channels, MLP, embedding) become its nearest multiple.
     even: all heads left in a block get equal widths, so that one attention call does them. least: share of
     every structure that stays whatever its scores.
 
@@ -31,16 +31,12 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}")
     if not 0 <= least <= 1 or multiple < 1:
-        raise ValueError(
-            f"least={least}, multiple={multiple}: a share in [0, 1] and a number of at least 1 are needed"
-        )
+        raise ValueError(f"least={least}, multiple={multiple}: a share in [0, 1] and a number of at least 1 are needed")
     known = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
     for name, score in scores.items():
         if known.get(name) != len(score):
             raise ValueError(f"score {name!r} of {len(score)} units: the model has {known}")
-    scores = {
-        k: s.detach().float().cpu() / (unit_macs(config, k) if per_mac else 1.0) for k, s in scores.items()
-    }
+    scores = {k: s.detach().float().cpu() / (unit_macs(config, k) if per_mac else 1.0) for k, s in scores.items()}
     plan = _Plan(config, scores, scope, multiple, even, least)
     if ratio is not None:
         return plan.at_ratio(ratio)
@@ -62,8 +58,8 @@ class _Plan:
         if all(m.all() for m in masks.values()):
             units = {k: len(s) for k, s in self.scores.items()}
             raise ValueError(
-                f"ratio={ratio} removes nothing here (widths are rounded to multiples of {self.multiple}; at least "
-                f"{self.least:.0%} stays; units: {units}); give a larger ratio or multiple=1"
+                f"ratio={ratio} removes nothing here (widths are rounded to multiples of {self.multiple}; "
+                f"at least {self.least:.0%} stays; units: {units}); give a larger ratio or multiple=1"
             )
         return masks
 
@@ -73,9 +69,9 @@ class _Plan:
         if smallest > budget:
             kinds = sorted({kind_of(k) for k in self.scores})
             raise ValueError(
-                f"{name}={budget:,} is impossible: the smallest model that pruning {', '.join(kinds)} allows has "
-                f"{smallest:,.6g} (least={self.least}, multiple={self.multiple}); the unpruned one has "
-                f"{cost(self.config):,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
+                f"{name}={budget:,} is impossible: the smallest model that pruning {', '.join(kinds)} "
+                f"allows has {smallest:,.6g} (least={self.least}, multiple={self.multiple}); "
+                f"the unpruned one has {cost(self.config):,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
             )
         low, high, best = 0.0, 1.0, self.masks(1.0)
         for _ in range(18 if name == "macs" else 8):  # a measurement costs more than a formula
@@ -125,7 +121,7 @@ class _Plan:
         return min(full, max(nearest, floor))
 
     def evened(self, masks):
-        """Equal query/key and value widths for all heads left in a block: the rounded mean of their counts."""
+        """Equal query/key and value widths of the heads left in a block: the rounded mean of their counts."""
         for i, block in enumerate(self.config.blocks):
             names = [n for n in (f"blocks.{i}.qk", f"blocks.{i}.v") if n in masks]
             live = masks.get(f"blocks.{i}.heads", torch.ones(len(block.each_head), dtype=torch.bool)).clone()

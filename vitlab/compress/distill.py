@@ -24,11 +24,11 @@ KINDS = ("soft", "hard", "zscore")
 class Distill(nn.Module):
     """Objective: (1 - alpha) * cross-entropy with the targets + alpha * distillation loss + terms.
 
-    kind: "soft": T^2 KL(teacher || student) of logits divided by the temperature T; "zscore": the same of logits
-    standardised per image; "hard": cross-entropy with the teacher's decision. A student with a distillation
-    token (two outputs in training) is taught by the labels on its first head and by the teacher on its second;
-    any other has both on its only one. terms: modules called as term(student's, teacher's intermediates,
-    images), each with `.weight` and `.name` (`Features`, `AttentionMaps`, `Locality`).
+    kind: "soft": T^2 KL(teacher || student) of logits divided by the temperature T; "zscore": the same of
+    logits standardised per image; "hard": cross-entropy with the teacher's decision. A student with a
+    distillation token (two outputs in training) is taught by the labels on its first head and by the teacher
+    on its second; any other has both on its only one. terms: modules called as term(student's, teacher's
+    intermediates, images), each with `.weight` and `.name` (`Features`, `AttentionMaps`, `Locality`).
 
     The teacher is copied, kept in eval mode, without gradients, and is no part of this module's parameters,
     state or modes; only the terms' projectors are, and `fit` trains those. It moves with `.to(...)`. Its
@@ -40,9 +40,7 @@ class Distill(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ValueError(
-                f"alpha={alpha}, temperature={temperature}: a share in [0, 1] and a number above 0"
-            )
+            raise ValueError(f"alpha={alpha}, temperature={temperature}: a share in [0, 1] and a number above 0")
         self.kind, self.temperature, self.alpha = kind, temperature, alpha
         self.terms = nn.ModuleList(terms)
         # in a tuple, so that nn.Module does not see it; a copy, so that training its original, or the student
@@ -72,9 +70,7 @@ class Distill(nn.Module):
         out, seen = model(batch.images, intermediates=True) if self.terms else (model(batch.images), None)
         own, taught = out if isinstance(out, tuple) else (out, out)
         if taught.shape != known.shape:
-            raise ValueError(
-                f"the teacher's logits are {tuple(known.shape)}, the student's {tuple(taught.shape)}"
-            )
+            raise ValueError(f"the teacher's logits are {tuple(known.shape)}, the student's {tuple(taught.shape)}")
         truth = F.cross_entropy(own.float(), batch.targets)
         logs = {"accuracy": hits(own, batch), "ce": truth.detach()}
         loss = (1 - self.alpha) * truth
@@ -104,7 +100,7 @@ def soft_loss(student, teacher, temperature):
 
 
 def standardised(logits):
-    """Logits B K with mean 0 and standard deviation 1 per image (Sun et al. 2024, "Logit standardization", eq. 9)."""
+    """Logits B K with mean 0, standard deviation 1 per image (Sun et al. 2024, "Logit standardization")."""
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
@@ -112,8 +108,8 @@ class Features(nn.Module):
     """Term: tokens of student blocks against those of teacher blocks, both ViTs with the same patch grid.
 
     Mean squared error between the teacher's patch tokens and a linear projection of the student's, both
-    standardised per token (FitNets, Romero et al. 2015). pairs: ((student block, teacher block), ...), from 0,
-    negative from the end; dims: embedding channels (student, teacher); grid: patches along a side.
+    standardised per token (FitNets, Romero et al. 2015). pairs: ((student block, teacher block), ...), from
+    0, negative from the end; dims: embedding channels (student, teacher); grid: patches along a side.
     """
 
     name = "features"
@@ -133,7 +129,7 @@ class Features(nn.Module):
 
 
 class AttentionMaps(nn.Module):
-    """Term: KL divergence of attention rows, teacher || student, heads averaged (after MiniLM, Wang et al. 2020).
+    """Term: KL divergence of attention rows, teacher || student, heads averaged (after MiniLM, 2020).
 
     Both models need the same tokens. pairs as in `Features`.
     """
@@ -149,9 +145,7 @@ class AttentionMaps(nn.Module):
         for i, j in self.pairs:
             own, goal = seen["attention"][i], known["attention"][j]
             if own is None or goal is None or own.shape[-1] != goal.shape[-1]:
-                raise ValueError(
-                    f"attention maps of student block {i} and teacher block {j} cannot be compared"
-                )
+                raise ValueError(f"attention maps of student block {i} and teacher block {j} cannot be compared")
             own, goal = own.float().mean(1).clamp_min(1e-9), goal.float().mean(1).clamp_min(1e-9)
             total = total + (goal * (goal.log() - own.log())).sum(-1).mean()
         return total / len(self.pairs)
@@ -160,8 +154,8 @@ class AttentionMaps(nn.Module):
 class Locality(nn.Module):
     """Term: features of a small CNN guide the ViT's patch tokens (Li et al. 2022, "Locality guidance").
 
-    The student's patch tokens of a block, as a grid, pass a 1x1 convolution; the CNN's feature map, resized to the
-    grid, is the goal: mean squared error, both standardised over channels.
+    The student's patch tokens of a block, as a grid, pass a 1x1 convolution; the CNN's feature map, resized
+    to the grid, is the goal: mean squared error, both standardised over channels.
     dim: the student's channels; grid: its patches along a side; channels: of the CNN's features used.
     pairs: ((student block, CNN stage), ...), as many as channels; by default the last stages, with blocks
     spread over `depth`.
@@ -181,9 +175,7 @@ class Locality(nn.Module):
 
     def forward(self, seen, known, images):
         if "features" not in known:
-            raise ValueError(
-                "Locality needs a CNN teacher that gives 'features' (vitlab.models.resnet.ResNet)"
-            )
+            raise ValueError("Locality needs a CNN teacher that gives 'features' (vitlab.models.resnet.ResNet)")
         total = 0
         for projector, (i, stage) in zip(self.projectors, self.pairs):
             own = projector(_patches(seen, i, self.grid, "student")).float()  # B N C

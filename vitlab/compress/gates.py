@@ -19,8 +19,7 @@ from vitlab.train import cross_entropy
 class GatedViT(nn.Module):
     """A ViT whose q/k, value and MLP channels, heads, embedding channels and blocks have gates.
 
-    model: anything `as_slim` takes (it is copied). kinds: what has a trainable gate. Where the gates act, with
-    kind and number of units per block:
+    model: anything `as_slim` takes (it is copied). kinds: what has a trainable gate. Where the gates act:
     "qk" (query/key channels): the product of query and key channel; "v": the value channel; "heads": the
     head's output; "mlp": the hidden channel after the activation; "block": both branches with their biases;
     "embed" (once a model): every LayerNorm's output; a gate of 0 also empties the residual channel.
@@ -33,9 +32,7 @@ class GatedViT(nn.Module):
         device = next(self.core.parameters()).device
         config, self.kinds = self.core.config, tuple(kinds)
         gates = sizes(config, kinds)
-        self.gates = nn.ParameterDict(
-            {_key(k): nn.Parameter(torch.ones(n, device=device)) for k, n in gates.items()}
-        )
+        self.gates = nn.ParameterDict({_key(k): nn.Parameter(torch.ones(n, device=device)) for k, n in gates.items()})
         every = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
         for name, size in every.items():
             self.register_buffer(f"mask_{_key(name)}", torch.ones(size, device=device))
@@ -119,7 +116,7 @@ def fold(weights, config, gates, heads):
 def _fold_embedding(scale, weights, gate):
     live = (gate.detach() != 0).to(gate.dtype)
     for name in weights:
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         if owner.rpartition(".")[2] in ("norm", "norm1", "norm2"):
             scale(name, gate, 0)
         elif name in ("cls_token", "dist_token", "reg_token", "pos_embed"):

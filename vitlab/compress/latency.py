@@ -13,7 +13,7 @@ from vitlab.inference import running
 
 
 def timed(config, batch=64, repeats=10, device="cpu", dtype=None):
-    """Median time in ms of a forward pass of `batch` images through a model of this shape, after a warm-up."""
+    """Median time in ms of a forward pass of `batch` images through a model of this shape, warmed up."""
     model = SlimViT(config).eval().to(device)
     images = torch.randn(batch, config.in_chans, config.image_size, config.image_size, device=device)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -58,9 +58,7 @@ class LatencyTable:
         """Milliseconds of a model of this shape."""
         total = self.base
         for block in config.blocks:
-            total += _between(self.rows["attention"], block.qk + block.v) + _between(
-                self.rows["mlp"], block.hidden
-            )
+            total += _between(self.rows["attention"], block.qk + block.v) + _between(self.rows["mlp"], block.hidden)
         return total
 
 

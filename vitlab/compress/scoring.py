@@ -1,5 +1,7 @@
 """What a unit is worth: scores of every prunable unit by six criteria. Larger = keep."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -19,8 +21,8 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
     criterion:
     "gates": |trained gate| (of a GatedViT);
     "magnitude": L2 norm of the unit's weights, relative to the mean in its structure;
-    "taylor": |gate * d loss / d gate|, mean over batches, first-order change of the loss when the unit is removed
-    (Molchanov et al. 2019, eq. 8);
+    "taylor": |gate * d loss / d gate|, mean over batches: the first-order change of the loss when the unit
+    is removed (Molchanov et al. 2019, eq. 8);
     "fisher": half the mean squared gradient of the gate over single images (Theis et al. 2018, eq. 8);
     "geometric-median": sum of distances to the other units' weights, relative to the mean (He et al. 2019);
     "similarity": 1 - cosine of a block's input and output tokens (Men et al. 2024), kind "block" only;
@@ -32,30 +34,22 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
     if criterion in ("taylor", "fisher", "similarity") and not data:
-        raise ValueError(
-            f"criterion={criterion!r} needs data=[(images, labels), ...]; see scoring.calibration"
-        )
+        raise ValueError(f"criterion={criterion!r} needs data=[(images, labels), ...]; see scoring.calibration")
     if criterion == "gates":
         return _gates(model, kinds)
     source = model.core if isinstance(model, GatedViT) else model
     units = sizes(source.config if isinstance(model, GatedViT) else as_slim(source).config, kinds)
     if criterion == "random":
-        return {
-            name: torch.rand(n, generator=rng.generator(seed, "prune", name)) for name, n in units.items()
-        }
+        return {name: torch.rand(n, generator=rng.generator(seed, "prune", name)) for name, n in units.items()}
     if criterion in ("taylor", "fisher"):
         return _gradients(model, kinds, data, squared=criterion == "fisher")
     if criterion == "similarity":
         if tuple(kinds) != ("block",):
-            raise ValueError(
-                f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}"
-            )
+            raise ValueError(f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}")
         return _similarity(model, data)
     vectors = unit_weights(as_slim(source), units)
     measure = _norms if criterion == "magnitude" else _distances
-    return {
-        name: _relative(measure(v)) if kind_of(name) != "block" else measure(v) for name, v in vectors.items()
-    }
+    return {name: _relative(measure(v)) if kind_of(name) != "block" else measure(v) for name, v in vectors.items()}
 
 
 def calibration(data, images=256, batch=64, seed=0, size=None):
@@ -76,9 +70,7 @@ def _gates(model, kinds):
     if not isinstance(model, GatedViT):
         raise ValueError("criterion='gates' needs a GatedViT whose gates were trained (objective L1)")
     if missing := set(kinds) - set(model.kinds):
-        raise ValueError(
-            f"this model has trained gates for {', '.join(model.kinds)}, not {', '.join(sorted(missing))}"
-        )
+        raise ValueError(f"this model has trained gates for {', '.join(model.kinds)}, not {', '.join(sorted(missing))}")
     return {k: v.detach().abs() for k, v in model.values().items() if kind_of(k) in kinds}
 
 
@@ -89,9 +81,7 @@ def _gradients(model, kinds, data, squared):
         gated.mask({k: v.detach() for k, v in model.values().items()})
     gated.eval()
     names = {k: gated.gates[k.replace(".", "_")] for k in gated.structures if kind_of(k) in kinds}
-    batches = (
-        [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(x))] if squared else list(data)
-    )
+    batches = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(x))] if squared else list(data)
     total = {k: torch.zeros_like(g) for k, g in names.items()}
     for images, labels in batches:
         loss = F.cross_entropy(gated(images), labels)
@@ -108,7 +98,7 @@ def _similarity(model, data):
         for images, _ in data:
             _, seen = core(images, intermediates=True)
             stream = [seen["embed"], *seen["tokens"]]
-            same = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(stream, stream[1:])]
+            same = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(stream)]
             total += torch.stack(same)
     return {f"blocks.{i}.block": (1 - s / len(data)).reshape(1) for i, s in enumerate(total)}
 
@@ -119,9 +109,7 @@ def _norms(vectors):
 
 def _distances(vectors):
     if len(vectors) == 1:
-        raise ValueError(
-            "criterion='geometric-median' compares the units of a structure: 'block' has only one"
-        )
+        raise ValueError("criterion='geometric-median' compares the units of a structure: 'block' has only one")
     return torch.cdist(vectors[None], vectors[None])[0].sum(1)
 
 

@@ -104,7 +104,7 @@ class SlimConfig:
     def macs(self):
         """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
 
-        Per block with N tokens, width D, query/key width Q and value width V over the heads, and H MLP channels:
+        Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
         N D (2 Q + V) + N^2 (Q + V) + N V D + 2 N D H, and 9 n H for a depthwise 3x3 over n patches. A head
         without query/key channels averages its values: no product of tokens.
         """
@@ -132,7 +132,7 @@ class SlimConfig:
         return self.patch_size**2 * self.in_chans
 
     def parameters(self):
-        """Trainable parameters, in closed form (without a conv stem's inner layers, which are never pruned)."""
+        """Trainable parameters, in closed form (without a conv stem's inner layers, never pruned)."""
         d, bias = self.dim, int(self.proj_bias)
         tokens = {"all": self.tokens, "patches": self.grid**2, "none": 0}[self.pos]
         total = d * (tokens + self.prefix_tokens) + 2 * d
@@ -150,12 +150,12 @@ class SlimConfig:
 
 
 def sizes(config, kinds=KINDS):
-    """{structure: units} of the given kinds. Unknown kinds, and query/key channels under QK-norm: ValueError."""
+    """{structure: units} of the given kinds. ValueError for unknown kinds and for "qk" under QK-norm."""
     if unknown := [k for k in kinds if k not in KINDS]:
         raise ValueError(f"kinds {', '.join(map(repr, unknown))}: choose from {', '.join(KINDS)}")
     if "qk" in kinds and config.qk_norm:
         raise ValueError(
-            "kind 'qk' cannot be pruned exactly under QK-norm, whose statistics run over all channels of a head; "
+            "kind 'qk' cannot be pruned exactly under QK-norm, whose statistics run over a head's channels; "
             "supported for this model: v, heads, mlp, block, embed"
         )
     found = {}
@@ -215,7 +215,7 @@ def kept(config, masks):
 
 
 def runs(heads):
-    """[(query/key width, value width)] -> ((count, query/key width, value width), ...) of equal neighbours."""
+    """[(query/key, value width)] -> ((count, query/key width, value width), ...) of equal neighbours."""
     found = []
     for qk, v in heads:
         if found and found[-1][1:] == (qk, v):
@@ -228,9 +228,7 @@ def runs(heads):
 def narrow(config, masks, norm="all"):
     """The `SlimConfig` left under `masks`. norm "all" | "kept": the channels of LayerNorm's statistics."""
     if norm not in ("all", "kept"):
-        raise ValueError(
-            f"norm={norm!r}: choose 'all' (equal to the masked model) or 'kept' (plain LayerNorms)"
-        )
+        raise ValueError(f"norm={norm!r}: choose 'all' (equal to the masked model) or 'kept' (plain LayerNorms)")
     left, embed = kept(config, masks)
     blocks = tuple(
         replace(config.blocks[i], heads=runs([(len(qk), len(v)) for qk, v in heads]), hidden=len(hidden))

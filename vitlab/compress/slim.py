@@ -1,7 +1,7 @@
 """The physically smaller model: a plain ViT whose widths differ from block to block and head to head.
 
-It stands for any ViT that can be pruned here (ours and timm's, see `sources.as_slim`), at full width or less, so
-that gates, scores and budgets are written once. Parameters are named as in timm's `VisionTransformer`.
+It stands for any ViT that can be pruned here (ours and timm's, see `sources.as_slim`), at full width or less,
+so that gates, scores and budgets are written once. Parameters are named as in timm's `VisionTransformer`.
 """
 
 import json
@@ -202,7 +202,7 @@ class SlimViT(nn.Module):
         return self.norm(x[:, : 1 + self.config.distilled]).squeeze(1)
 
     def classify(self, pooled):
-        """Pooled features -> logits B K. A distilled model gives (logits, distillation logits) in training."""
+        """Pooled features -> logits B K; a distilled model in training: (logits, distillation logits)."""
         pooled = self.head_drop(pooled)
         if not self.config.distilled:
             return self.head(pooled)
@@ -243,9 +243,7 @@ def read(path, kind):
     with safe_open(path, "pt") as file:
         meta = file.metadata() or {}
         if meta.get("format") != f"vitlab-{kind}-1":
-            raise ValueError(
-                f"{path} does not hold a {kind} model of vitlab (its format: {meta.get('format')})"
-            )
+            raise ValueError(f"{path} does not hold a {kind} model of vitlab (its format: {meta.get('format')})")
         return json.loads(meta["config"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 

@@ -4,8 +4,8 @@
     masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs())
     small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
 
-or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`; or bit by
-bit with recovery, `prune_and_recover`. `save`/`load` keep any result with its configuration.
+or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`; or
+bit by bit with recovery, `prune_and_recover`. `save`/`load` keep any result with its configuration.
 """
 
 import copy
@@ -45,8 +45,8 @@ def slim(model, masks=None, norm="all"):
 
     model: anything `as_slim` takes, or a `GatedViT`, whose gates are multiplied into the weights (and whose
     masks and zero gates are left out as well). masks: {structure: tensor, non-zero = kept}.
-    norm: "all": LayerNorms count removed embedding channels as the zeros they are in the masked model; "kept":
-    plain LayerNorms over the channels that are left, faster but equal only until the embedding is pruned.
+    norm: "all": LayerNorms count removed embedding channels as the zeros they are in the masked model;
+    "kept": plain LayerNorms over the channels that are left, faster, not equal once the embedding is pruned.
     """
     gated = masked(model, masks or {})
     core, values = gated.core, {k: v.detach() for k, v in gated.values().items()}
@@ -132,24 +132,20 @@ def prune_and_recover(
     """
     start, rows = shape_of(model).macs(), []
     if rounds < 1 or not 0 < macs < start:
-        raise ValueError(
-            f"rounds={rounds}, macs={macs:,}: at least one round and fewer than {start:,} are needed"
-        )
+        raise ValueError(f"rounds={rounds}, macs={macs:,}: at least one round and fewer than {start:,} are needed")
     for i in range(rounds):
         target = int(start * (macs / start) ** ((i + 1) / rounds))
         batches = None
         if criterion in ("taylor", "fisher", "similarity"):
             batches = calibration(data, images, seed=recipe.seed + i, size=shape_of(model).image_size)
-        model, _ = prune(model, criterion=criterion, kinds=kinds, data=batches, seed=recipe.seed + i, macs=target,
-                         norm=norm, **options)  # fmt: skip
+        model, _ = prune(
+            model, criterion=criterion, kinds=kinds, data=batches, seed=recipe.seed + i, macs=target,
+            norm=norm, **options,
+        )  # fmt: skip
         path = f"{checkpoint}-round{i + 1}.safetensors" if checkpoint else None
-        history = fit(
-            model, data, recipe, objective=objective, checkpoint=path, log=log, name=f"round {i + 1}"
-        )
+        history = fit(model, data, recipe, objective=objective, checkpoint=path, log=log, name=f"round {i + 1}")
         shape = model.config
-        rows.append(
-            {"round": i + 1, "macs": shape.macs(), "parameters": shape.parameters(), "history": history}
-        )
+        rows.append({"round": i + 1, "macs": shape.macs(), "parameters": shape.parameters(), "history": history})
     return model, rows
 
 

@@ -10,10 +10,10 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
-    """Shape of a `ResNet`. widths: channels of the stages, the first at full resolution, each later one at half
-    of the one before; residual: stages (from 0) that end in a residual pair of convolutions.
+    """Shape of a `ResNet`. widths: channels of the stages, the first at full resolution, each later one at
+    half of the one before; residual: stages (from 0) that end in a residual pair of convolutions.
 
-    The defaults are ResNet-9 (Page 2018, DAWNBench; 6.6 M parameters, 0.38 G multiply-accumulates at 32 x 32);
+    The defaults are ResNet-9 (Page 2018, DAWNBench; 6.6 M parameters, 0.38 G MACs at 32 x 32);
     widths (32, 64, 128, 256) are a quarter of it.
     """
 
@@ -36,16 +36,15 @@ class ResNetConfig:
 
 
 class ResNet(nn.Module):
-    """images B C H W, normalised -> logits B K; with `intermediates=True` also {"features": [B C_i H_i W_i after
-    each stage], "pooled": B C}."""
+    """images B C H W, normalised -> logits B K; with `intermediates=True` also {"features": [B C_i H_i W_i
+    after each stage], "pooled": B C}."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         inputs = (config.in_chans, *config.widths)
         self.stages = nn.ModuleList(
-            _Stage(inputs[i], width, pool=i > 0, residual=i in config.residual)
-            for i, width in enumerate(config.widths)
+            _Stage(inputs[i], width, pool=i > 0, residual=i in config.residual) for i, width in enumerate(config.widths)
         )
         self.head = nn.Linear(config.widths[-1], config.num_classes, bias=False)
 
