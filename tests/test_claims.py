@@ -357,7 +357,8 @@ def test_table_and_summary():
     assert frame.loc["S0/sparse/parameters", "measured"] == "2.86 M (n = 1)"
     assert frame.loc["S0/sparse/gumbel-top-k", "measured"] == "no (n = 1)"
     pending = frame.loc["S0/sparse/macs"]
-    assert "batch-mates" in get("S3/pruned-on/accuracy").note and get("S2/baseline/parameters").note == ""
+    assert "batch-mates" in get("S3/pruned-on/accuracy").note and "class token" in get("S2/baseline/parameters").note
+    assert get("S0/dense/parameters").note == ""
     assert (pending.measured, pending.verdict) == ("-", "pending") and "ptflops" in pending.note
     odd = table(
         [get("S3/alpha-1.0/tokens"), get("S2/pruned-20/power-change"), get("S3/pruned-alpha-1.2/speed-up")],

@@ -1,4 +1,4 @@
-"""The command line: `vitlab run | data`. Each sub-command is a function that adds itself to the parser.
+"""The command line: `vitlab run | data | readme`. Each sub-command is a function that adds itself to the parser.
 
 Only the standard library is imported at the top: run_all.sh checks its options here before anything is
 installed.
@@ -32,7 +32,7 @@ def parser():
     """The parser with all sub-commands."""
     top = argparse.ArgumentParser(prog="vitlab", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_run, add_data):
+    for add in (add_run, add_data, add_readme):
         add(commands)
     return top
 
@@ -71,6 +71,16 @@ def add_data(commands):
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
     sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
     sub.set_defaults(action=data)
+
+
+def add_readme(commands):
+    """`vitlab readme`: write the computed tables into README.md."""
+    sub = commands.add_parser(
+        "readme", help="write the tables computed from the rows into README.md", allow_abbrev=False,
+        description="Writes the tables between the markers of README.md, from results/ and executed/ alone.",
+    )
+    sub.add_argument("--check", action="store_true", help="change nothing; exit 1 where the text is stale")
+    sub.set_defaults(action=refresh_readme)
 
 
 def names(text):
@@ -173,6 +183,18 @@ def data(options):
         found = load(name, root=options.root)
         parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
         print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
+    return 0
+
+
+def refresh_readme(options):
+    """Refresh README.md, or say whether it is stale; the exit code."""
+    from vitlab import notebooks, readme
+
+    root = notebooks.project().source
+    if options.check:
+        print("README.md is stale: run `vitlab readme`" if (old := readme.stale(root)) else "README.md is up to date")
+        return int(old)
+    print("README.md was refreshed" if readme.refresh(root) else "README.md was up to date")
     return 0
 
 

@@ -102,7 +102,8 @@ def _claims(root, notebook, preset):
     frame = claims.table([c for c in known if c.id in {v.claim for v in judged}], judged)
     lines = [[i, row.claimed, row.measured, row.verdict] for i, row in frame.iterrows()]
     table = markdown(["claim", "claimed", "measured", "verdict"], lines)
-    return f"{claims.summary(verdicts)}\n\n<details><summary>The claims that were judged</summary>\n\n{table}\n</details>\n"
+    fold = f"<details><summary>The claims that were judged</summary>\n\n{table}\n</details>\n"
+    return f"{claims.summary(verdicts)}\n\n{fold}"
 
 
 def _status(root):

@@ -58,6 +58,7 @@ class Study:
         self.verdicts = {}
         self._data, self._trained = {}, set()
         plots.theme()
+        _whole_tables()
 
     def folder(self, kind):
         """results/ or figures/ of this notebook and preset."""
@@ -65,11 +66,20 @@ class Study:
 
     # ------------------------------------------------------------------------------------------- data
 
-    def data(self, name, **options):
-        """The data set `name` on the study's device (see `vitlab.data.load`), loaded once."""
+    def data(self, name, *, optional=False, **options):
+        """The data set `name` on the study's device (see `vitlab.data.load`), loaded once.
+
+        optional: a data set that cannot be had is None, and the log says so, instead of an error.
+        """
         key = digest([name, options])
         if key not in self._data:
-            self._data[key] = datasets.load(name, device=self.device, **options)
+            try:
+                self._data[key] = datasets.load(name, device=self.device, **options)
+            except datasets.DatasetMissing as error:
+                if not optional:
+                    raise
+                self.log(f"not run for want of data: {error}")
+                return None
         return self._data[key]
 
     # ------------------------------------------------------------------------------------------- arms
@@ -186,6 +196,13 @@ class Study:
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
         return claims.summary([self.verdicts.get(c.id) or claims.settle(c, None, as_published=False) for c in selected])
+
+
+def _whole_tables():
+    """Tables in a notebook are shown whole: a note that is cut off tells nothing."""
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", None, "display.max_rows", 200)
 
 
 def say(text):

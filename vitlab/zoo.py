@@ -65,7 +65,7 @@ SPECS = {
             recipe=Recipe(
                 epochs=200, batch=128, lr=3e-4, warmup=10, smoothing=0.1, mixup=0.8, clip=1.0,
                 augment="crop(4)+flip+rotate(15)+jitter(0.2,0.2,0.2)+erase(0.25)",
-            ),  # fmt: skip
+            ),
         ),
         Spec(
             name="ours",
@@ -74,11 +74,11 @@ SPECS = {
             config=ViTConfig(
                 dim=256, depth=8, heads=4, mlp_dim=512, mlp="conv", stem="conv", pool="mean", pos="none",
                 drop_path=0.1,
-            ),  # fmt: skip
+            ),
             recipe=Recipe(
                 epochs=100, batch=512, lr=2e-3, warmup=5, smoothing=0.1, mixup=0.2, cutmix=1.0, mix_off=10,
                 clip=1.0, ema=0.999, augment="crop(4)+flip+trivial",
-            ),  # fmt: skip
+            ),
         ),
     )
 }
