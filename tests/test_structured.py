@@ -279,6 +279,7 @@ def test_scale_stays_in_the_fused_and_in_the_written_out_product():
     assert torch.allclose(attn.map(x) @ torch.eye(17), (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
 @pytest.mark.parametrize("whole_heads", [True, False])
 def test_torch_prunings_model_is_reproduced(whole_heads):
     tp = pytest.importorskip("torch_pruning")
