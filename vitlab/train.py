@@ -19,7 +19,11 @@ from vitlab import rng
 from vitlab.augment import Augment, mix, normalize
 from vitlab.data import batches
 from vitlab.predict import autocast, input_size, logits
+from vitlab.recipe import Recipe
 from vitlab.resume import TrainingState
+
+
+__all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
 
 
 class NotFinite(RuntimeError):
