@@ -85,7 +85,8 @@ class Plan:
 def split_by(score, keep, prefix):
     """(stay, gone): the prefix and the `keep` best patches, and the others; rows of the whole sequence."""
     patches = score.shape[1]
-    best = score.topk(keep, dim=1, sorted=False).indices
+    # in order of position: topk's own order is not the same everywhere, and matching goes by order
+    best = score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
     # the complement without a look at the data: mark the best, then take the unmarked ones
     marked = torch.zeros_like(score).scatter(1, best, -1.0)
     rest = marked.topk(patches - keep, dim=1, sorted=False).indices
@@ -158,10 +159,10 @@ def bipartite(keys, merged, prefix, size, importance=None, power=0.0):
     sources = order.shape[1]
     chosen = order.topk(merged, dim=1, sorted=False).indices
     marked = torch.zeros_like(order).scatter(1, chosen, -1.0)
-    unmerged = marked.topk(sources - merged, dim=1, sorted=False).indices
+    unmerged = marked.topk(sources - merged, dim=1, sorted=False).indices.sort(dim=1).values
     even = torch.arange(0, patches, 2, device=keys.device).expand(b, -1)
-    stay = with_prefix(torch.cat([even, unmerged * 2 + 1], dim=1) + prefix, prefix)
-    gone, target = chosen * 2 + 1 + prefix, torch.gather(partner, 1, chosen) + prefix
+    stay = with_prefix(torch.cat([unmerged * 2 + 1, even], dim=1) + prefix, prefix)
+    gone, target = chosen * 2 + 1 + prefix, torch.gather(partner, 1, chosen) + prefix + sources - merged
     like = best.new_zeros(b, prefix + patches)
     return Plan(stay, gone, target, _weights(size, stay, gone, target, like))
 
