@@ -22,7 +22,6 @@ from vitlab.predict import autocast, input_size, logits
 from vitlab.recipe import Recipe
 from vitlab.resume import TrainingState
 
-
 __all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
 
 
@@ -136,7 +135,7 @@ class _Run:
         self.model, self.data, self.recipe, self.objective, self.device = model, data, recipe, objective, device
         self.dtype = recipe.torch_dtype(device)
         self.size = input_size(model, data.image_size)
-        self.augment = Augment(recipe.augment)
+        self.augment = Augment(recipe.augment, mean=data.mean)
         self.steps = len(data.train) // recipe.batch
         self.optimizer = recipe.build_optimizer(model, objective, device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
