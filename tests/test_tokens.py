@@ -87,9 +87,10 @@ def counted(model, images):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counted_macs_equal_the_closed_form(kind):
-    model, images = small(image_size=16, **kind), pictures(1, side=16)
+    model, images = small(image_size=16, depth=3, **kind), pictures(1, side=16)
     cases = [*itertools.product(ACTIONS, ("cls",), ("exact", "published"), (False, True))]
-    cases += [("drop", score, "exact", False) for score in SCORES]
+    if kind in ({}, BASE):
+        cases += [("drop", score, "exact", False) for score in SCORES]
     for action, score, rule, lean in cases:
         reduced = keep(model, action=action, score=score, rule=rule, lean=lean, alpha=1.0)
         assert reduced.macs() == counted(reduced, images), (action, score, rule, lean)
@@ -109,7 +110,8 @@ def test_a_prediction_does_not_change_with_its_batch_mates(kind):
 
 
 def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
-    model = keep(small(depth=2, image_size=16), action="merge")
+    model = keep(small(depth=2, image_size=16), action="drop", counts=(10, 6))
+    torch.compiler.reset()  # dynamo counts the versions of one function over all models
     mine = pictures(1, side=16)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     crowds = [torch.cat([mine, pictures(2, seed, side=16) * 3]) for seed in (2, 3)]
@@ -118,9 +120,9 @@ def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
     torch.testing.assert_close(first, model(crowds[0]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("kind", [{}, BASE])
-def test_no_graph_break_anywhere(action, kind):
+@pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "edge"), (BASE, "fuse")])
+def test_no_graph_break_anywhere(kind, action):
+    torch.compiler.reset()
     model = keep(small(depth=2, image_size=16, **kind), action=action, score="cls-ema", late=-1)
     images = pictures(2, side=16)
     traced = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -184,6 +186,15 @@ def test_controls_are_fixed_by_their_seed_and_the_grid_is_even():
     assert torch.equal(one, kept(score="random", seed=1)) and not torch.equal(one, kept(score="random", seed=2))
     grid = kept(score="grid")[0]  # 16 of 64: one in each 2x2 cell
     assert len({(int(p) // 8 // 2, int(p) % 8 // 2) for p in grid}) == 16
+
+
+def test_the_mode_is_one_however_it_is_set():
+    reduced, images = keep(small(distilled=True)), pictures()
+    reduced.train()
+    assert isinstance(reduced(images), tuple)  # logits of both heads
+    for module in reduced.modules():
+        module.training = False
+    assert reduced(images).shape == (3, 5)
 
 
 def test_training_and_state_dict_are_the_models_own():
@@ -309,7 +320,7 @@ def test_our_model_and_timms_with_the_same_weights_agree_when_reduced():
 def test_onnx_export_runs_in_onnxruntime(kind, action):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, images = keep(small(depth=3, image_size=16, **kind), action=action, lean=True), pictures(2, side=16)
+    model, images = keep(small(depth=2, image_size=16, **kind), action=action, lean=True), pictures(2, side=16)
     program = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
@@ -415,9 +426,10 @@ def test_search_is_shared_and_resumed(tmp_path):
 
     options = {"storage": tmp_path / "deep" / "study.db", "name": "s", "choices": {"action": ("drop", "merge")}}
     first = search.search(evaluate, trials=3, **options)
+    done = [t.params for t in first.trials]
     again = search.search(evaluate, trials=5, **options)
-    assert len(first.trials) == 3 and len(again.trials) == 5
-    assert [t.params for t in again.trials[:3]] == [t.params for t in first.trials]
+    assert len(done) == 3 and len(again.trials) == 5
+    assert [t.params for t in again.trials[:3]] == done
     front = search.best(again)
     assert front == sorted(front, key=lambda row: -row["accuracy"])
     assert [row["latency"] for row in front] == sorted((row["latency"] for row in front), reverse=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.compress.tokens import TokenConfig, keep
-from vitlab.inference import running
+from vitlab.inference import device_of, running
 
 
 @torch.no_grad()
@@ -31,11 +31,10 @@ def calibrate(model, images, *, macs, config=None, step=4, batch=256, log=None, 
     ValueError if `macs` cannot be reached.
     """
     config = dataclasses.replace(config or TokenConfig(), **options)
-    n = model.anatomy.prefix + model.anatomy.patches if hasattr(model, "anatomy") else None
     reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
-    n = n or reduced.anatomy.prefix + reduced.anatomy.patches
+    n = reduced.anatomy.prefix + reduced.anatomy.patches
     least = reduced.anatomy.prefix + config.minimum
-    with running(reduced):
+    with running([reduced], device_of(reduced)):
         reference = torch.cat([reduced.plain(part) for part in images.split(batch)]).float()
         counts, cost, harm = (n,) * reduced.anatomy.depth, reduced.macs(), 0.0
         while cost > macs:

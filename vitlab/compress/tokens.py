@@ -110,7 +110,11 @@ class TokenViT(nn.Module):
         return check_counts(counts, n, parts.depth, parts.prefix)
 
     def reduce_by(self, config=None, **changes):
-        """Take another configuration from now on, or change the present one (counts=..., r_max=...)."""
+        """Take another configuration from now on, or change the present one (counts=..., r_max=...).
+
+        A compiled model is compiled again for it. Dynamo stops after eight versions of one function, whichever
+        model they are of, and runs eagerly from then on: call `torch.compiler.reset()` between arms.
+        """
         config = dataclasses.replace(config or self.token_config, **changes)
         self.reducer, self.token_config = Reducer(self.anatomy, config, self.counts_of(config)), config
         return self
@@ -122,6 +126,8 @@ class TokenViT(nn.Module):
     def forward(self, images, intermediates=False):
         """images B C H W -> logits B K; with `intermediates=True` also {"tokens": [B N D a block], "size":
         [B N a block, or None], "kept" and "owners": see the class}."""
+        if self.plain.training != self.training:  # set on the modules one by one, not by train()
+            self.plain.training = self.training
         if not self.active:
             return self.plain(images, intermediates=True) if intermediates else self.plain(images)
         seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates or self._record else None
