@@ -1,4 +1,5 @@
 import base64
+import functools
 import json
 import os
 import shutil
@@ -185,10 +186,12 @@ def test_ctrl_c_leaves_no_half_written_copy_and_no_kernel(make):
     project = make({"01_a": ["import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(99)"]})
     command = [sys.executable, "-m", "vitlab.cli", "run", "--preset", "tiny", "--project", project.source]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY)
+    # started in the background by a shell, this test would hand down that SIGINT is ignored
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, preexec_fn=heeded)
     pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid"))
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=20)
+    _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in complaint and "Traceback" not in complaint
     assert not (project.root / "executed").exists()
     with pytest.raises(ProcessLookupError):
