@@ -21,8 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 PHIS = ("relu", "elu", "softmax")
 KERNELS = ("auto", "on", "off")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED = "fused Triton kernels"
-EPS = 1e-5
+EPS = 1e-6
 HEAD_DIMS = (16, 32, 64, 128)  # what the Triton kernels take
 SAVE_STATE_ABOVE = 256  # tokens; beyond, re-reading keys and values in the backward costs more than the state
 
@@ -95,10 +96,6 @@ def plain_grads(grad, qkv, extra, phi, eps):
     return dqkv.to(qkv.dtype).contiguous(), dkv[:, n:].to(extra.dtype).contiguous()
 
 
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
-
-
 def choose(device, head_dim, kernels="auto", dtype=torch.float32):
     """(use the kernels?, the reason in words).
 
@@ -111,7 +108,7 @@ def choose(device, head_dim, kernels="auto", dtype=torch.float32):
     device = torch.device(device)
     missing = [
         (device.type != "cuda", f"the device is {device.type}"),
-        (not has_triton(), "triton is not installed"),
+        (not HAS_TRITON, "triton is not installed"),
         (head_dim not in HEAD_DIMS, f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"),
         (dtype == torch.float64, "float64"),
     ]
@@ -175,7 +172,7 @@ def _autograd(ctx, grad, *_):
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
-if has_triton():
+if HAS_TRITON:
 
     @_forward.register_kernel("cuda")
     def _(qkv, extra, phi, eps, keep):

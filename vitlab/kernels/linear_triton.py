@@ -14,6 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
+def _operand(x, DOT: tl.constexpr):
+    """float32 in the precision of the products; float16 saturates, since inf * 0 would be NaN."""
+    if tl.float16 == DOT:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(DOT)
+
+
+@triton.jit
 def _features(x, keep, PHI: tl.constexpr):
     if PHI == "relu":
         first, second = tl.maximum(x, 0.0), tl.maximum(-x, 0.0)
@@ -130,7 +138,7 @@ def forward_kernel(qkv, extra, out, state, norm, heads, n, m, chunk, scale, eps,
                                       R, D, BLOCK, PHI, DOT, PREC)  # fmt: skip
         if KEEP:
             _store_state(state, norm, pair, s1, s2, z1, z2, D, PHI)
-    t1, t2 = s1.to(DOT), s2.to(DOT)
+    t1, t2 = _operand(s1, DOT), _operand(s2, DOT)
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
     q = qkv + image.to(tl.int64) * qkv_b + head * qkv_h
     o = out + image.to(tl.int64) * n * R * heads * D + head * D  # out is contiguous: B n R heads D
@@ -158,7 +166,7 @@ def _query_grads(q, g, dq, s1, s2, z1, z2, lo, hi, eps, q_n, q_s, g_n, g_r, dq_n
     """Writes dq of the rows lo..hi; returns their share of dS and dz."""
     d1, d2 = tl.zeros([D, D], tl.float32), tl.zeros([D, D], tl.float32)
     e1, e2 = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
-    t1, t2 = tl.trans(s1.to(DOT)), tl.trans(s2.to(DOT))
+    t1, t2 = tl.trans(_operand(s1, DOT)), tl.trans(_operand(s2, DOT))
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
     for branch in range(R):
         for start in range(lo, hi, BLOCK):
@@ -181,7 +189,7 @@ def _query_grads(q, g, dq, s1, s2, z1, z2, lo, hi, eps, q_n, q_s, g_n, g_r, dq_n
                                 (a2 - along[:, None] * z2[None, :]) * inv[:, None], PHI)  # fmt: skip
             at = branch * dq_s + row[:, None] * dq_n + cols[None, :]
             tl.store(dq + at, dx.to(dq.dtype.element_ty), mask=keep)
-            weighted = (grad.to(tl.float32) * inv[:, None]).to(DOT)
+            weighted = _operand(grad.to(tl.float32) * inv[:, None], DOT)
             share = (along * inv)[:, None]
             d1 = tl.dot(tl.trans(f1.to(DOT)), weighted, d1, input_precision=PREC)
             e1 -= tl.sum(f1 * share, axis=0)
@@ -196,7 +204,7 @@ def _key_grads(k, v, dk, dv, d1, d2, e1, e2, step, dstep, lo, hi,
                D: tl.constexpr, BLOCK: tl.constexpr, PHI: tl.constexpr, DOT: tl.constexpr,
                PREC: tl.constexpr):  # fmt: skip
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, D)
-    t1, t2 = d1.to(DOT), d2.to(DOT)
+    t1, t2 = _operand(d1, DOT), _operand(d2, DOT)
     for start in range(lo, hi, BLOCK):
         row = start + rows
         keep = (row < hi)[:, None]
