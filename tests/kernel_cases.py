@@ -79,6 +79,13 @@ def test_rows_split_over_programs(keep):
     compare(fused(*inputs, "relu", keep, parts=3), expected(*inputs, "relu"), torch.float32)
 
 
+@pytest.mark.parametrize(("b", "n"), [(0, 4), (2, 0)])
+def test_nothing_to_do(b, n):
+    grad, qkv, extra = draw(b, n, 3, 1, 1, 16)
+    out, dqkv, dextra = fused(grad, qkv, extra, "relu")
+    assert out.shape == grad.shape and dqkv.shape == qkv.shape and not dextra.any()
+
+
 def test_strides():
     """A padded buffer, a transposed layout, a gradient of stride 0: the memory layout changes nothing."""
     grad, qkv, extra = draw(2, 9, 3, 1, 2, 16)

@@ -35,7 +35,7 @@ def tile(head_dim, dtype, backward):
 
 def splits(pairs, rows, multiprocessors):
     """Programs that share one (image, head): 1 unless `pairs` = images x heads leave the device idle."""
-    wanted = -(-WAVES * multiprocessors // pairs)
+    wanted = -(-WAVES * multiprocessors // max(pairs, 1))
     return max(1, min(wanted, rows // MIN_ROWS))
 
 
@@ -114,7 +114,7 @@ def backward(grad, qkv, extra, state, norm, phi, eps, parts=None):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dextra = torch.empty(extra.shape, dtype=extra.dtype, device=extra.device)
     if not dqkv.numel():
-        return dqkv, dextra
+        return dqkv, dextra.zero_()
     if parts > 1 and not state.numel():
         state, norm = _state(qkv, extra, phi, parts, size)
     chunks = _chunks(n, m, parts, size.block)
