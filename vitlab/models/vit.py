@@ -5,6 +5,7 @@ Parameters are named as in timm's `VisionTransformer`, so that weights move betw
 """
 
 import dataclasses
+import importlib
 import json
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from vitlab.models.parts import Attention, Block, ConvStem, PatchStem
 STEMS = {"patch": PatchStem, "conv": ConvStem}
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "none")
-ATTENTIONS = {"softmax": Attention}  # name in a config -> class; other modules add theirs
+ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
+PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,15 @@ class ViTConfig:
         return self.grid**2 + self.prefix_tokens
 
 
+def attention_class(name):
+    """The attention class of that name; the module that provides it is imported when it is first asked for."""
+    if name not in ATTENTIONS and name in PROVIDERS:
+        importlib.import_module(PROVIDERS[name])
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention={name!r}: choose one of {', '.join({**ATTENTIONS, **PROVIDERS})}")
+    return ATTENTIONS[name]
+
+
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021, eq. 1-4), pre-norm.
 
@@ -101,9 +112,7 @@ class ViT(nn.Module):
 
     def __init__(self, config, attention=None):
         super().__init__()
-        if attention is None and config.attention not in ATTENTIONS:
-            raise ValueError(f"attention={config.attention!r}: choose one of {', '.join(ATTENTIONS)}")
-        attention = attention or ATTENTIONS[config.attention]
+        attention = attention or attention_class(config.attention)
         self.config = config
         dim = config.dim
         self.patch_embed = STEMS[config.stem](config)
@@ -269,5 +278,3 @@ def macs(config):
     head = d * config.num_classes if hidden is None else d * hidden + hidden * config.num_classes
     return config.depth * block + stem + head * (1 + config.distilled)
 
-
-__all__ = ["ATTENTIONS", "ViT", "ViTConfig", "from_timm", "load", "macs", "save"]
