@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -346,3 +347,26 @@ def test_training_on_cuda_in_bfloat16_and_compiled_learns_and_resumes(tmp_path):
     again = ViT(model.config).cuda()
     assert fit(again, found, recipe, checkpoint=tmp_path / "run", log=None).resumed == 6
     assert same(model, again)
+
+
+def test_a_timm_model_trains_and_resumes_like_ours(data, tmp_path):
+    def build():
+        rng.seed_all(0)
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=4
+        )
+
+    recipe = dataclasses.replace(RECIPE, lr=3e-3, epochs=4)
+    whole, part = build(), build()
+    history = fit(whole, data, recipe, log=None)
+    assert history["val_accuracy"][-1] > 40  # chance is 25; the classes differ in brightness
+
+    def stop(epoch, *_):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(part, data, recipe, log=None, checkpoint=tmp_path / "t", save_every=0, on_epoch=[stop])
+    part = build()
+    fit(part, data, recipe, log=None, checkpoint=tmp_path / "t", save_every=0)
+    assert same(whole, part)
