@@ -191,7 +191,7 @@ def per_class(scores, classes):
         values = np.array(scores[name], float)[order]
         ax.plot(values, np.arange(len(order)), marker, color=colour, label=name, markersize=6, alpha=0.85)
     ax.set_yticks(np.arange(len(order)), [classes[i] for i in order])
-    ax.set(xlabel="accuracy of the class (%)", xlim=(0, 101))
+    ax.set(xlabel="accuracy of the class (%)", xlim=(0, 101), ylim=(-0.6, len(order) - 0.4))
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
