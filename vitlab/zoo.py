@@ -83,15 +83,32 @@ SPECS = {
     )
 }
 
+# trained beside a baseline of SPECS, with and without a teacher; `get` and `scaled` know them too
+STUDENTS = {
+    spec.name: spec
+    for spec in (
+        Spec(
+            name="S2/tiny",
+            title="Structured pruning's tiny student",
+            dataset="cifar10",
+            config=ViTConfig(
+                dim=256, depth=4, heads=4, mlp_dim=256, qkv_bias=False, head_hidden=256, dropout=0.1
+            ),
+            recipe=Recipe(epochs=100, batch=64, optimizer="adam", lr=1e-4, weight_decay=0),
+        ),
+    )
+}
+
 CONFIG_FIELDS = {f.name for f in dataclasses.fields(ViTConfig)}
 RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)}
 
 
 def get(name):
     """The Spec of that name; an unknown one is a ValueError with the list."""
-    if name not in SPECS:
-        raise ValueError(f"unknown model {name!r}; there are: {', '.join(SPECS)}")
-    return SPECS[name]
+    known = SPECS | STUDENTS
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}; there are: {', '.join(known)}")
+    return known[name]
 
 
 def scaled(name, changes=None):
