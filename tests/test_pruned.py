@@ -103,6 +103,12 @@ def test_sweep_holds_the_budget_for_every_criterion(data, base):
     assert full == S.shape_of(base.model).macs() and (rows.macs <= rows.share * full).all()
     assert rows.accuracy[0] == pytest.approx(pruned.validated(base.model, data), abs=0.3)
     assert (rows.latency_ms > 0).all()
+    left, right = pruned.criteria(rows, "title").axes
+    assert [line.get_label() for line in right.get_lines() if line.get_label()[0] != "_"] == [
+        "gates", "taylor", "random", "unpruned",
+    ]  # fmt: skip
+    taylor = rows[rows.criterion == "taylor"].sort_values("macs")
+    assert list(left.get_lines()[1].get_xdata()) == pytest.approx((taylor.macs / 1e6).tolist())
 
 
 def test_kept_share_by_hand():
@@ -120,6 +126,11 @@ def test_relative_is_to_the_same_seed_and_keeps_what_is_missing():
                          "power_w": [None] * 4})  # fmt: skip
     found = pruned.relative(rows, ["x", "power_w"], "a")
     assert found.x.tolist() == [0, 0, -50, 50] and found.power_w.isna().all()
+
+
+def test_run_noise_is_that_of_the_seed_and_of_the_images():
+    rows = pd.DataFrame({"accuracy_top1": [40.0, 60.0], "n": [100, 100]})
+    assert pruned.run_noise(rows) == pytest.approx((0.5**2 + 5**2) ** 0.5)
 
 
 def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, base):

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import math
 
 import torch
 
+from vitlab import plots
+from vitlab.claims import NOISE
 from vitlab.compress import structured as S
 from vitlab.files import digest
 from vitlab.inference import device_of, example
@@ -115,6 +118,24 @@ def sweep(arm, data, criteria, shares, *, images=256, multiple=8, kinds=KINDS, b
     ])  # fmt: skip
 
 
+def criteria(rows, title=""):
+    """Accuracy against MACs and against latency of a `sweep`, one line a criterion; dashed: unpruned."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
+    whole, cuts = rows[rows.criterion == "unpruned"].iloc[0], rows[rows.criterion != "unpruned"]
+    for ax, column, unit in zip(axes, ("macs", "latency_ms"), (1e-6, 1.0)):
+        for name, (colour, marker) in plots.colours(cuts.criterion).items():
+            line = cuts[cuts.criterion == name].sort_values("macs")
+            ax.plot(line[column] * unit, line.accuracy, color=colour, marker=marker, markersize=5, label=name)
+        ax.axhline(whole.accuracy, color="0.4", linestyle="--", linewidth=1)
+        ax.plot(whole[column] * unit, whole.accuracy, "k*", markersize=10, label="unpruned")
+    axes[0].set(xlabel="MACs (M)", ylabel="validation accuracy (%)", title=title)
+    axes[1].set(xlabel=f"latency of {int(whole.images)} images (ms)")
+    axes[1].legend(fontsize=8)
+    return figure
+
+
 def kept_share(config, masks):
     """What is left under `masks`, in %: a DataFrame, a row a block; columns: query/key, value, MLP and, of
     the value channels, each head."""
@@ -144,6 +165,13 @@ def relative(rows, columns, base):
     return pd.concat([rows[["arm", "seed"]], 100 * (numbers / below - 1)], axis=1)
 
 
+def run_noise(rows):
+    """Standard deviation (points) to expect of one run's accuracy: `claims.NOISE` and the finite test set."""
+    part = rows.accuracy_top1.mean() / 100
+    sampling = 100 * math.sqrt(part * (1 - part) / rows.n.min())
+    return math.hypot(NOISE["accuracy"], sampling)
+
+
 def published_export(arm, masks):
     """The slim model as the published export makes it: gates forgotten, channels dealt out evenly to the heads.
 
@@ -169,5 +197,7 @@ def published_export(arm, masks):
     return model.to(device_of(arm.model)).eval()
 
 
-__all__ = ["calibrated", "cut", "gated", "kept_share", "published_export", "relative", "same", "step_by_step", "sweep",
-           "tuned", "validated"]  # fmt: skip
+__all__ = [
+    "calibrated", "criteria", "cut", "gated", "kept_share", "published_export", "relative", "run_noise", "same",
+    "step_by_step", "sweep", "tuned", "validated",
+]  # fmt: skip
