@@ -6,6 +6,7 @@ Where nobody can move a slider (a headless run, a page on the web) it is a figur
 import os
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from vitlab.compress import tokens
@@ -45,7 +46,7 @@ def _figure(views, chances, probe, image, model):
         ax.set_title(name, fontsize=7)
         ax.set_axis_off()
     ax = bottom.subplots()
-    at = torch.arange(len(probe.classes))
+    at, chances = np.arange(len(probe.classes)), chances.numpy()
     for offset, row, label in ((-0.2, chances[0], "plain"), (0.2, chances[1], "fewer tokens")):
         ax.bar(at + offset, row, 0.38, label=label)
     ax.set_xticks(at, probe.classes, rotation=30, fontsize=7)
@@ -53,6 +54,7 @@ def _figure(views, chances, probe, image, model):
     share = 100 * model.macs() / probe.macs
     ax.set_title(f"truth: {probe.classes[int(probe.labels[image])]}; {share:.0f} % of the MACs", fontsize=8)
     ax.legend(fontsize=8)
+    plt.close(figure)  # who gets it shows it; pyplot would show it once more
     return figure
 
 
@@ -61,6 +63,7 @@ def panel(probes, *, interactive=None, **start):
     if not (live() if interactive is None else interactive):
         return draw(next(iter(probes.values())), **start)
     import ipywidgets as w
+    from IPython.display import display
 
     wide = {"description_width": "60px"}
     knobs = {
@@ -80,7 +83,7 @@ def panel(probes, *, interactive=None, **start):
         if options["action"] in ("fuse", "edge") and options["score"] in SIGNED:
             print(f"{options['action']} weighs tokens by their score, and {options['score']} can be negative")
             return
-        plt.show(draw(probes[model], image, **options))
+        display(draw(probes[model], image, **options))
 
     out = w.interactive_output(show, knobs)
     return w.VBox([w.HBox(list(knobs.values())[:3]), w.HBox(list(knobs.values())[3:]), out])

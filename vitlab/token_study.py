@@ -118,9 +118,11 @@ def rivals(probe, share, *, alpha=1.5, scores=tuple(SCORES), seeds=(0, 1, 2), la
     """{name: (group, [TokenConfig, ...])} that all cost `share` of the plain model's MACs, or just below.
 
     Every score drops; every action goes by the score "cls"; "random" comes once a seed of `seeds`.
-    calibration: normalised images (not of the test split) for the calibrated counts; None leaves that rival out.
+    calibration: normalised images (not of the test split) for the calibrated counts, found in steps of `step`
+    tokens (at most a quarter of the patches); None leaves that rival out.
     """
     target, found = share * probe.macs, {}
+    step = max(1, min(step, tokens.keep(probe.plain).anatomy.patches // 4))
     for score in scores:
         draws = seeds if score == "random" else (0,)
         group = "control" if score in CONTROLS else "drop by score"
