@@ -1,4 +1,6 @@
-"""The command line: `vitlab run | data | readme`. Each sub-command is a function that adds itself to the parser.
+"""The command line: `vitlab run | data | readme | train | evaluate | measure`.
+
+Each sub-command is a function that adds itself to the parser.
 
 Only the standard library is imported at the top: run_all.sh checks its options here before anything is
 installed.
@@ -10,6 +12,8 @@ import os
 import re
 import signal
 import sys
+
+from vitlab import commands as work
 
 NEEDED = ("torch", "torchvision", "papermill", "nbconvert", "ipykernel", "yaml")
 INTERRUPTED_CODE, USAGE_CODE = 130, 2
@@ -34,6 +38,7 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_run, add_data, add_readme):
         add(commands)
+    work.add(commands)
     return top
 
 

@@ -1,0 +1,54 @@
+"""The figures of the study of linear attention: cost against tokens, receptive fields."""
+
+import matplotlib.pyplot as plt
+
+from vitlab.plots import WIDTH, colours
+
+PANELS = (
+    ("forward", "ms", "forward (ms an image)"),
+    ("training", "ms", "forward + backward (ms an image)"),
+    ("training", "peak_mb", "memory in training (MB an image)"),
+    ("forward", "macs", "MACs an image"),
+)
+
+
+def scaling(rows, crossings=None):
+    """Time, memory and operations of a layer against tokens n, log-log; `rows` as `complexity.sweep` gives them.
+
+    crossings: {pass: {arm: n or None}}; each is marked by a dotted line in the arm's colour in that pass's panel
+    of time. Bands are quartiles.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
+    look = colours(r["arm"] for r in rows)
+    for ax, (kind, column, label) in zip(axes.flat, PANELS):
+        for arm, (colour, marker) in look.items():
+            mine = [r for r in rows if r["arm"] == arm and r["pass"] == kind]
+            n = [r["n"] for r in mine]
+            ax.plot(n, [r[column] for r in mine], marker=marker, color=colour, markersize=5, label=arm)
+            if column == "ms":
+                ax.fill_between(n, [r["ms_q25"] for r in mine], [r["ms_q75"] for r in mine], color=colour, alpha=0.2,
+                                linewidth=0)  # fmt: skip
+                if at := (crossings or {}).get(kind, {}).get(arm):
+                    ax.axvline(at, color=colour, linestyle=":", linewidth=1.2)
+        ax.set(yscale="log", ylabel=label)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for ax in axes[1]:
+        ax.set_xlabel("tokens n")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def fields(found, *, patch):
+    """Receptive fields {name: H W, sum 1}, each on a colour scale of its own, with the patch grid's middle framed."""
+    figure, axes = plt.subplots(1, len(found), figsize=(min(WIDTH, 2.4 * len(found)), 2.6), squeeze=False)
+    for ax, (name, field) in zip(axes[0], found.items()):
+        drawn = ax.imshow((100 * field).cpu().numpy(), cmap="magma", vmin=0)
+        at = field.shape[-1] // patch // 2 * patch - 0.5
+        ax.add_patch(plt.Rectangle((at, at), patch, patch, fill=False, color="white", linewidth=1))
+        ax.set_title(name, fontsize=9)
+        ax.set_axis_off()
+        bar = figure.colorbar(drawn, ax=ax, shrink=0.75)
+        bar.ax.tick_params(labelsize=7)
+    bar.set_label("% of the influence, a pixel", fontsize=8)
+    return figure
