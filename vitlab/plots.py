@@ -146,7 +146,9 @@ def bars(frame, *, unit, title=""):
     ax.grid(axis="y", visible=False)
     ax.set(xlabel=unit, title=title)
     ax.margins(x=0.12)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=frame.shape[1])
+    if frame.shape[1] > 1:  # below the axis label, whatever the height
+        below = -0.6 / (0.22 * frame.shape[0] * (frame.shape[1] + 0.8))
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncols=frame.shape[1])
     return figure
 
 

@@ -132,7 +132,7 @@ def criteria(rows, title=""):
         ax.plot(whole[column] * unit, whole.accuracy, "k*", markersize=10, label="unpruned")
     axes[0].set(xlabel="MACs (M)", ylabel="validation accuracy (%)", title=title)
     axes[1].set(xlabel=f"latency of {int(whole.images)} images (ms)")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -144,7 +144,7 @@ def kept_share(config, masks):
     lines = {}
     for i, block in enumerate(config.blocks):
         part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
-        line = {"queries, keys": part["qk"].mean(), "values": part["v"].mean(), "MLP": part["mlp"].mean()}
+        line = {"q, k": part["qk"].mean(), "v": part["v"].mean(), "MLP": part["mlp"].mean()}
         widths = [v for _, v in block.each_head]
         of_heads = masks.get(f"blocks.{i}.v", torch.ones(block.v)).float().split(widths)
         line |= {f"head {j + 1}": head.mean() for j, head in enumerate(of_heads)}
