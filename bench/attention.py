@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitlab import files
+from vitlab import complexity, files
 from vitlab.kernels.linear import EPS, PHIS, choose, linear_attention
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -172,30 +172,18 @@ def best(rows, kind, n, names):
 
 
 def crossover(rows, kind, names):
-    """The n from which the arms in `names` stay faster than every SDPA backend, between measured sizes by a straight
-    line in log-log; None where they never do."""
-    points = []
+    """The n from which the arms in `names` stay faster than every SDPA backend; None where they never do."""
+    ratios = []
     for n in sorted({r["n"] for r in rows}):
         pair = best(rows, kind, n, lambda a: a in names), best(rows, kind, n, lambda a: a.startswith("sdpa"))
         if all(pair):
-            points.append((math.log(n), math.log(pair[0]["seconds"] / pair[1]["seconds"])))
-    if not points or points[-1][1] >= 0:
-        return None
-    last = max((i for i, (_, ratio) in enumerate(points) if ratio >= 0), default=None)
-    if last is None:
-        return round(math.exp(points[0][0]))
-    (x0, y0), (x1, y1) = points[last], points[last + 1]
-    return round(math.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
+            ratios.append((n, pair[0]["seconds"] / pair[1]["seconds"]))
+    return complexity.crossing(ratios)
 
 
 def exponent(rows, arm, kind):
     """Slope of log time a head and image against log n over the upper half of the sizes, or None."""
-    points = [(math.log(r["n"]), math.log(r["seconds"] / r["images"])) for r in rows
-              if r["arm"] == arm and r["pass"] == kind]  # fmt: skip
-    points = sorted(points)[len(points) // 2 :]
-    if len(points) < 2:
-        return None
-    return statistics.linear_regression(*zip(*points)).slope
+    return complexity.slope((r["n"], r["seconds"] / r["images"]) for r in rows if (r["arm"], r["pass"]) == (arm, kind))
 
 
 def summary(rows):

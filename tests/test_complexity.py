@@ -150,5 +150,5 @@ def test_receptive_field_without_attention_is_the_patch_itself():
     assert alone[16:20, 16:20].sum().item() == pytest.approx(1)
     assert linear_study.far_share(alone, 4) == pytest.approx(0, abs=1e-6)
     assert linear_study.far_share(torch.full((32, 32), 1 / 1024), 4) == pytest.approx(1 - 9 / 64)
-    assert len(linear_plots.fields({"a": whole, "b": alone}, patch=4).axes) == 4
+    assert len(linear_plots.fields({"a": whole, "b": alone}, patch=4).axes) == 3
     assert math.isfinite(float(whole.max()))

@@ -237,7 +237,8 @@ def _graph(model, folder):
     config = model.config
     with SummaryWriter(folder) as writer, warnings.catch_warnings():
         # the trace is only drawn, never run on other shapes
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        for kind in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
         try:
             image = torch.zeros(1, config.in_chans, config.image_size, config.image_size)
             writer.add_graph(model.eval(), image)

@@ -1,9 +1,11 @@
 """The figures of the study of linear attention: cost against tokens, receptive fields."""
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
 
 from vitlab.plots import WIDTH, colours
 
+DARKEST = 1e-4  # of the largest value in a receptive field
 PANELS = (
     ("forward", "ms", "forward (ms an image)"),
     ("training", "ms", "forward + backward (ms an image)"),
@@ -40,15 +42,17 @@ def scaling(rows, crossings=None):
 
 
 def fields(found, *, patch):
-    """Receptive fields {name: H W, sum 1}, each on a colour scale of its own, with the patch grid's middle framed."""
+    """Receptive fields {name: H W, sum 1} on one logarithmic colour scale, with the patch grid's middle framed."""
+    top = max(100 * field.max().item() for field in found.values())
     figure, axes = plt.subplots(1, len(found), figsize=(min(WIDTH, 2.4 * len(found)), 2.6), squeeze=False)
     for ax, (name, field) in zip(axes[0], found.items()):
-        drawn = ax.imshow((100 * field).cpu().numpy(), cmap="magma", vmin=0)
+        shares = (100 * field).clamp_min(top * DARKEST).cpu().numpy()
+        drawn = ax.imshow(shares, cmap="magma", norm=LogNorm(top * DARKEST, top))
         at = field.shape[-1] // patch // 2 * patch - 0.5
         ax.add_patch(plt.Rectangle((at, at), patch, patch, fill=False, color="white", linewidth=1))
         ax.set_title(name, fontsize=9)
         ax.set_axis_off()
-        bar = figure.colorbar(drawn, ax=ax, shrink=0.75)
-        bar.ax.tick_params(labelsize=7)
+    bar = figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75)
+    bar.ax.tick_params(labelsize=7)
     bar.set_label("% of the influence, a pixel", fontsize=8)
     return figure
