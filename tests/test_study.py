@@ -201,6 +201,11 @@ def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
     matplotlib.pyplot.close("all")
 
 
+def test_no_two_of_many_arms_look_the_same():
+    look = plots.colours(str(i) for i in range(25))
+    assert len(set(look.values())) == 25 and look["3"] == plots.colours(map(str, range(5)))["3"]
+
+
 def test_confusion_rows_are_percentages_of_the_truth():
     figure = plots.confusion([[3, 1], [0, 4]], ["cat", "dog"])
     texts = [t.get_text() for t in figure.axes[0].texts]

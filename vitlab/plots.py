@@ -45,8 +45,10 @@ def axis(name):
 def colours(names):
     """{name: (colour, marker)}, the same for the same order of names."""
     names = list(dict.fromkeys(names))
-    palette = sns.color_palette("colorblind", max(len(names), 1))
-    return {n: (palette[i % len(palette)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(names)}
+    palette = sns.color_palette("colorblind")
+    # past ten names the markers are shifted, so that no two names look the same
+    shape = [MARKERS[(i + i // len(palette)) % len(MARKERS)] for i in range(len(names))]
+    return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
 def pictures(images, titles=None, *, columns=10, rows=None, size=0.75):
