@@ -95,9 +95,12 @@ def curves(arms, columns=("loss", "val_accuracy")):
     look = colours(arm.name for arm in arms)
     for ax, column in zip(axes[0], columns):
         for name, (colour, marker) in look.items():
-            runs = [arm.history[column] for arm in arms if arm.name == name]
+            histories = [arm.history for arm in arms if arm.name == name]
+            # of an arm that came with the project only the last epoch is known
+            whole = max(histories, key=len)
+            runs = [h[column] for h in histories if len(h) == len(whole)]
             runs = np.array([[math.nan if v is None else v for v in run] for run in runs], float)
-            epochs = np.arange(1, runs.shape[1] + 1)
+            epochs = whole["epoch"]
             ax.plot(epochs, runs.mean(0), color=colour, marker=marker, markersize=4, label=name,
                     markevery=max(1, len(epochs) // 8))  # fmt: skip
             if len(runs) > 1:

@@ -100,8 +100,10 @@ class Study:
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
         rng.seed_all(seed)
         model = build(spec.config).to(self.device)
-        if path.exists() and path.with_suffix(".json").exists() and not (self.fresh and key not in self._trained):
-            return self._load(path, name, seed, key, model, spec)
+        if not self.fresh or key in self._trained:
+            for found in (path, _shipped(key)):
+                if found and found.exists() and found.with_suffix(".json").exists():
+                    return self._load(found, name, seed, key, model, spec)
         self.log(f"{name}, seed {seed}: training {spec.recipe.epochs} epochs on {data.name}")
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
         if self.fresh:
@@ -134,7 +136,8 @@ class Study:
         stored = read_json(path.with_suffix(".json"))
         model.load_state_dict(load_file(path))
         history = History(stored["history"], resumed=len(stored["history"]))
-        self.log(f"{name}, seed {seed}: trained before ({history.seconds:,.0f} s on {stored['device']})")
+        how = "comes with the project, in half precision" if stored.get("key") else "trained before"
+        self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {stored['device']})")
         return Arm(name, seed, key, model.eval(), history, spec)
 
     # ------------------------------------------------------------------------------------------- rows
@@ -196,6 +199,14 @@ class Study:
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
         return claims.summary([self.verdicts.get(c.id) or claims.settle(c, None, as_published=False) for c in selected])
+
+
+def _shipped(key):
+    """Path of the trained arm of that key that comes with the project, or None; VITLAB_FRESH=1 trains it again."""
+    for described in sorted((Path(__file__).parents[1] / "checkpoints" / "demo").glob("*.json")):
+        if read_json(described)["key"] == key:
+            return described.with_suffix(".safetensors")
+    return None
 
 
 def _whole_tables():
