@@ -82,6 +82,51 @@ def test_bipartite_takes_the_cheapest_edges(power, patches):
         assert found == expected
 
 
+def test_ward_takes_the_edges_that_add_the_least_variance():
+    """Power 1, by hand: each source's cheapest edge by Ward's criterion, the cheapest of those taken."""
+    keys, size = F.normalize(draw(3, 10, 4) - 0.5, dim=-1), (draw(3, 11, seed=2) * 6).floor() + 1
+    plan = merge.bipartite(keys, 3, 1, size, power=1.0, ward=True)
+    for i in range(3):
+        count = size[i, 1:]
+        variance = lambda a, b: (keys[i, a] - keys[i, b]).square().sum() * count[a] * count[b] / (count[a] + count[b])  # noqa: B023, E731
+        edges = []
+        for a in range(1, 10, 2):
+            b = min(range(0, 10, 2), key=lambda q: variance(a, q).item())
+            edges.append((variance(a, b).item(), a, b))
+        joined = {q: {q + 1} for q in range(0, 10, 2)}
+        for _, a, b in sorted(edges)[:3]:
+            joined[b].add(a + 1)
+        expected = {frozenset(s) for s in joined.values()} | {frozenset({a + 1}) for _, a, _ in sorted(edges)[3:]}
+        assert {frozenset(s) for s in sets(plan, i, 11).values()} == expected | {frozenset({0})}
+
+
+def test_lengths_are_kept_and_the_direction_is_the_mean():
+    score, keys, size = draw(2, 9), F.normalize(draw(2, 9, 4, seed=3) - 0.5, dim=-1), draw(2, 10, seed=2) + 1
+    x = draw(2, 10, 5, seed=1) - 0.5
+    (kept,) = merge.plans("nearest", 4, 1, score=score, keys=keys, size=size, lengths=True)
+    (plain,) = merge.plans("nearest", 4, 1, score=score, keys=keys, size=size)
+    torch.testing.assert_close(F.normalize(kept(x), dim=-1), F.normalize(plain(x), dim=-1))
+    mean_length = plain(x.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(kept(x).norm(dim=-1, keepdim=True), mean_length)
+    assert (plain(x).norm(dim=-1) <= mean_length[..., 0] + 1e-12).all()
+
+
+def test_ward_matches_on_the_normalised_input():
+    """One block by hand: the pairs that the normalised input gives, and sizes that the next block attends by."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(dim=24, depth=2, heads=2, image_size=16)).eval().double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.double)
+    with torch.no_grad():
+        reduced = keep(model, action="ward", counts=(12, 12))
+        _, seen = reduced(images, intermediates=True)
+        normed = F.normalize(model.blocks[0].norm1(model.embed(images))[:, 1:], dim=-1)
+        plan = merge.bipartite(normed, 5, 1, None)
+        ones = torch.ones(2, 17, dtype=torch.double)
+        torch.testing.assert_close(seen["size"][0], plan.total(ones), check_dtype=False)
+        tome = keep(model, action="ward", metric="key", lengths=False, power=0, counts=(12, 9))
+        torch.testing.assert_close(tome(images), keep(model, action="merge", counts=(12, 9))(images))
+
+
 def test_a_large_power_merges_the_least_important_sources():
     keys, importance = F.normalize(draw(4, 16, 4) - 0.5, dim=-1), draw(4, 16, seed=5) + 0.01
     plan = merge.bipartite(keys, 4, 1, None, importance, 60.0)

@@ -55,7 +55,7 @@ def test_choose_takes_the_cheapest_that_is_allowed_else_the_least_bad():
 
 def test_rivals_cost_the_same(probe):
     rows = ts.contest(probe, [0.75], batch=2, seconds=0.0, seeds=(0, 1), late=-1, calibration=probe.images[:8],
-                      scores=("cls", "random", "grid"), step=2)  # fmt: skip
+                      scores=("cls", "random", "grid"), passes=4)  # fmt: skip
     assert set(rows.group) == {"merge", "drop by score", "control"}
     assert {ts.LATE, ts.CALIBRATED, *ts.ACTIONS, "drop, random"} <= set(rows.rival)
     assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
@@ -66,6 +66,15 @@ def test_rivals_cost_the_same(probe):
     both = ts.pooled([rows, rows.assign(accuracy=rows.accuracy + 2)]).set_index("rival")
     assert both.accuracy["drop, cls"] == pytest.approx(rows.set_index("rival").accuracy["drop, cls"] + 1)
     assert both.spread["drop, cls"] == pytest.approx(2**0.5)
+
+
+def test_equal_latency_is_read_off_the_line_between_shares():
+    rows = pd.DataFrame({"rival": [ts.TOME, ts.TOME, "fast", "fast", "slow", "slow"], "kl": [0.4, 0.2, 0.3, 0.1, 9, 8],
+                         "lost": 0.0, "latency_ms": [4.0, 6.0, 3.0, 5.0, 7.0, 8.0]})  # fmt: skip
+    found = ts.same_latency(rows)
+    assert "slow" not in set(found.rival), "never as fast as that"
+    assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2]), "at 4 ms, half way from 3 to 5"
+    assert found[found.rival == ts.TOME].kl.tolist() == pytest.approx([0.4, 0.2])
 
 
 def test_agreement_is_the_overlap_of_what_is_kept(probe):

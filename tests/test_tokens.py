@@ -413,8 +413,12 @@ def test_calibration_meets_its_budget_and_beats_an_even_split():
     reference = model(images)
     chosen, fixed = (search.damage(keep(model, c), reference, images) for c in (config, even))
     assert chosen <= fixed
+    schedules = [search.at_macs(model, budget, alpha=a, action="merge") for a in search.ALPHAS[:-1]]
+    assert chosen <= min(search.damage(keep(model, c), reference, images) for c in schedules)
+    shielded = search.calibrate(model, images[:8], macs=budget, step=3, action="merge", protect=(0, 2)).counts
+    assert shielded[0] == 17 and shielded[2] == shielded[1], "protected blocks remove nothing"
     assert search.damage(model, reference, images) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="cannot cost less"):
+    with pytest.raises(ValueError, match="no schedule of 'drop' costs this little"):
         search.calibrate(model, images[:2], macs=1, step=8)
 
 

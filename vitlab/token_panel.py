@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vitlab.compress import tokens
-from vitlab.compress.merge import ACTIONS
+from vitlab.compress.merge import ACTIONS, MERGES
 from vitlab.compress.scores import SCORES, SIGNED
 from vitlab.inference import running
 from vitlab.plots import WIDTH
@@ -22,7 +22,7 @@ def live():
     return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
 
 
-def draw(probe, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="merge"):
+def draw(probe, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="ward"):
     """One image of `probe` (a token_study.Probe) after each block, and its probabilities plain and reduced."""
     model = tokens.keep(probe.plain, alpha=alpha, r_max=r_max, score=score, action=action)
     with running([model], probe.images.device), model.recording():
@@ -32,8 +32,7 @@ def draw(probe, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="merge"):
     raw, grid = probe.raw[image : image + 1], model.anatomy.grid
     views = [("image", raw)]
     for block, (kept, owner) in enumerate(zip(model.kept, model.owners), 1):
-        merging = action in ("merge", "nearest", "edge")
-        view = mosaic(raw, owner.cpu(), grid) if merging else faded(raw, present(kept, owner.shape[1]), grid)
+        view = mosaic(raw, owner.cpu(), grid) if action in MERGES else faded(raw, present(kept, owner.shape[1]), grid)
         views.append((f"{block}: {model.tokens[block - 1]}", view))
     return _figure(views, chances, probe, image, model)
 
@@ -73,7 +72,7 @@ def panel(probes, *, interactive=None, **start):
         "r_max": w.FloatSlider(start.get("r_max", 0.6), min=0, max=0.95, step=0.05, description="r_max", style=wide,
                                continuous_update=False),
         "score": w.Dropdown(options=list(SCORES), value=start.get("score", "cls"), description="score", style=wide),
-        "action": w.Dropdown(options=list(ACTIONS), value=start.get("action", "merge"), description="action",
+        "action": w.Dropdown(options=list(ACTIONS), value=start.get("action", "ward"), description="action",
                              style=wide),
         "image": w.IntSlider(start.get("image", 0), min=0, max=min(len(p.labels) for p in probes.values()) - 1,
                              description="image", style=wide, continuous_update=False),

@@ -118,6 +118,8 @@ def contest(rows, *, column="lost", label="points lost on validation", title="")
         if "drop, random" in here.index:
             ax.axvline(here[column]["drop, random"], color="0.4", linestyle="--", linewidth=1)
         ax.set(xlabel=label, title=f"{100 * share:.0f} % of the MACs")
+        if column == "kl":  # from a hundredth of a nat to more than one
+            ax.set_xscale("log")
     axes[0][0].set_yticks(range(len(order)), order)
     axes[0][0].invert_yaxis()
     axes[0][0].legend(fontsize=8)

@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from statistics import fmean, pstdev
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,17 @@ from vitlab.study import Arm
 from vitlab.train import History
 
 CONTROLS = ("random", "grid")
+TOME, WARD, CALIBRATED = "merge pairs (ToMe)", "Ward, lengths kept", "Ward, calibrated counts"
+LATE = "merge pairs, drop in the last blocks"
 ACTIONS = {
     "fuse the dropped into one (EViT)": {"action": "fuse"},
     "merge into the nearest kept": {"action": "nearest"},
-    "merge pairs (ToMe)": {"action": "merge"},
     "merge pairs, important ones dear": {"action": "edge"},
+    TOME: {"action": "merge"},
+    "ToMe, alike in the input": {"action": "merge", "metric": "input"},
+    "Ward, plain means": {"action": "ward", "lengths": False},
+    WARD: {"action": "ward"},
 }
-LATE, CALIBRATED = "merge pairs, drop in the last blocks", "merge pairs, calibrated counts"
 
 
 def shipped(path, device="cpu", name="ours"):
@@ -114,15 +119,14 @@ def choose(rows, allowed=0.5):
     return good.loc[good.macs.idxmin()] if len(good) else rows.loc[rows.lost.idxmin()]
 
 
-def rivals(probe, share, *, alpha=1.5, scores=tuple(SCORES), seeds=(0, 1, 2), late=-2, calibration=None, step=4):
+def rivals(probe, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), late=-2, calibration=None, passes=100):
     """{name: (group, [TokenConfig, ...])} that all cost `share` of the plain model's MACs, or just below.
 
-    Every score drops; every action goes by the score "cls"; "random" comes once a seed of `seeds`.
-    calibration: normalised images (not of the test split) for the calibrated counts, found in steps of `step`
-    tokens (at most a quarter of the patches); None leaves that rival out.
+    Every score drops; every action goes by the score "cls"; "random" comes once a seed of `seeds`. All follow the
+    schedule `alpha` but one: calibration: normalised images (not of the test split) for the calibrated counts,
+    found with so many passes over them; None leaves that rival out.
     """
     target, found = share * probe.macs, {}
-    step = max(1, min(step, tokens.keep(probe.plain).anatomy.patches // 4))
     for score in scores:
         draws = seeds if score == "random" else (0,)
         group = "control" if score in CONTROLS else "drop by score"
@@ -131,7 +135,9 @@ def rivals(probe, share, *, alpha=1.5, scores=tuple(SCORES), seeds=(0, 1, 2), la
     for name, options in (ACTIONS | {LATE: {"action": "merge", "late": late}}).items():
         found[name] = ("merge", [at_macs(probe.plain, target, alpha=alpha, **options)])
     if calibration is not None:
-        found[CALIBRATED] = ("merge", [calibrate(probe.plain, calibration, macs=target, action="merge", step=step)])
+        step = max(1, tokens.keep(probe.plain).anatomy.patches // 16)
+        best = calibrate(probe.plain, calibration, macs=target, action="ward", step=step, passes=passes)
+        found[CALIBRATED] = ("merge", [best])
     return found
 
 
@@ -160,6 +166,22 @@ def pooled(frames):
     if len(frames) > 1:
         mean["spread"] = groups.accuracy.std()
     return mean.reset_index()
+
+
+def same_latency(rows, against=TOME, columns=("kl", "lost")):
+    """Rivals at the latency that `against` has at each share of the MACs: rows rival, latency_ms, and `columns`.
+
+    A rival's columns at that latency lie on the straight line between its own shares; it has no row where the
+    latency is outside of what it reaches.
+    """
+    found = []
+    for latency in rows.loc[rows.rival == against, "latency_ms"]:
+        for name, part in rows.groupby("rival", sort=False):
+            part = part.sort_values("latency_ms")
+            if part.latency_ms.iloc[0] <= latency <= part.latency_ms.iloc[-1]:
+                there = {c: np.interp(latency, part.latency_ms, part[c]) for c in columns}
+                found.append({"rival": name, "latency_ms": latency} | there)
+    return pd.DataFrame(found, columns=["rival", "latency_ms", *columns])
 
 
 def agreement(probe, scores=tuple(SCORES), *, block=0, part=0.5):
@@ -204,7 +226,7 @@ def speed(probe, configs, batches, *, seconds=0.3, mode=""):
     return pd.DataFrame(rows)
 
 
-def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="merge", look=1, price=1.0):
+def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1, price=1.0):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
     "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (a Probe on other
@@ -231,7 +253,7 @@ def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="me
     return pd.DataFrame(rows)
 
 
-def trial(probe, *, batch, seconds, action="merge"):
+def trial(probe, *, batch, seconds, action="ward"):
     """What `search` wants: config -> (accuracy, latency in ms of `batch` images) on the probe's images."""
 
     def evaluate(config):

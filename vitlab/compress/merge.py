@@ -5,14 +5,15 @@ way, with static shapes and without a look at the data from the host, so that it
 a CUDA graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vitlab.compress.schedule import bipartite_rounds
 
-ACTIONS = ("drop", "fuse", "merge", "nearest", "edge")
-MERGES = ("merge", "nearest", "edge")
+ACTIONS = ("drop", "fuse", "merge", "nearest", "edge", "ward")
+MERGES = ("merge", "nearest", "edge", "ward")
+METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
 
 
 def take(x, index):
@@ -35,29 +36,50 @@ class Plan:
     """Which tokens stay and where the others go.
 
     stay: B S, rows of the input that stay, prefix first. gone: B R, the others. target: B R, the output row
-    each of them joins, or None if they are dropped. weight: B N, share of each token in the row it ends in
-    (they sum to 1 over a row), or None where nothing is joined. fused: the output has one more row, at its
-    end, made of the gone ones alone.
+    each of them joins, or None if they are dropped. mass: B N, what each token counts in the mean of its row
+    (None: all the same). fused: the output has one more row, at its end, made of the gone ones alone.
+    lengths: a joined row keeps the mean length of its tokens; a plain mean of vectors that point in different
+    directions is shorter than they are (Kim et al. 2024, "Token fusion").
     """
 
     stay: torch.Tensor
     gone: torch.Tensor
     target: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
     fused: bool = False
+    lengths: bool = False
 
     def __call__(self, x):
-        """B N D -> B K D: the weighted mean of each row's tokens."""
+        """B N D -> B K D: the mean of each row's tokens."""
+        return self.join(x)[0][0]
+
+    def join(self, *parts):
+        """Tensors B N D_i -> ([B K D_i: the mean of each row's tokens], mass B K of each row, None if dropping).
+
+        All in one pass: gathering is bound by the number of its operations, not by their width.
+        """
         if self.target is None:
-            return take(x, self.stay)
-        weight = self.weight.to(x.dtype)[..., None] if x.ndim == 3 else self.weight.to(x.dtype)
-        return self._join(x * weight)
+            return [take(x, self.stay) for x in parts], None
+        mass = torch.ones(self.shape, device=self.stay.device) if self.mass is None else self.mass
+        long = [_length(x)[..., None] for x in parts if self.lengths]
+        sums = self._sum(torch.cat([torch.cat([*parts, *long], 2) * mass[..., None], mass[..., None]], 2))
+        total = sums[..., -1]
+        means = (sums / total[..., None]).split([x.shape[2] for x in (*parts, *long)] + [1], 2)
+        found = list(means[: len(parts)])
+        for i, goal in enumerate(means[len(parts) : -1]):
+            found[i] = found[i] * (goal / _length(found[i])[..., None].clamp_min(1e-6))
+        return [mean.to(x.dtype) for mean, x in zip(found, parts)], total
+
+    @property
+    def shape(self):
+        """(B, N) of the input."""
+        return len(self.stay), self.stay.shape[1] + self.gone.shape[1]
 
     def total(self, x):
         """B N -> B K: the sum over each row's tokens (sizes)."""
-        return take(x, self.stay) if self.target is None else self._join(x)
+        return take(x, self.stay) if self.target is None else self._sum(x)
 
-    def _join(self, x):
+    def _sum(self, x):
         base = take(x, self.stay)
         if self.fused:
             base = torch.cat([base, torch.zeros_like(x[:, :1])], dim=1)
@@ -82,15 +104,16 @@ class Plan:
         return torch.cat([kept, torch.full_like(kept[:, :1], -1)], dim=1) if self.fused else kept
 
 
+def _length(x):
+    """Length of each token, B N, in at least float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def split_by(score, keep, prefix):
     """(stay, gone): the prefix and the `keep` best patches, and the others; rows of the whole sequence."""
-    patches = score.shape[1]
+    ranked = score.topk(score.shape[1], dim=1).indices + prefix
     # in order of position: topk's own order is not the same everywhere, and matching goes by order
-    best = score.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
-    # the complement without a look at the data: mark the best, then take the unmarked ones
-    marked = torch.zeros_like(score).scatter(1, best, -1.0)
-    rest = marked.topk(patches - keep, dim=1, sorted=False).indices
-    return with_prefix(best + prefix, prefix), rest + prefix
+    return with_prefix(ranked[:, :keep].sort(dim=1).values, prefix), ranked[:, keep:]
 
 
 def with_prefix(rows, prefix):
@@ -113,18 +136,11 @@ def fuse(score, keep, prefix):
     """
     stay, gone = split_by(score, keep - 1, prefix)
     b, tokens = len(score), prefix + score.shape[1]
+    # relative to their mean, so that a sharp gaze does not leave sums near zero
     share = take(score, gone - prefix).clamp_min(1e-12)
-    share = share / share.sum(1, keepdim=True)
-    weight = torch.ones(b, tokens, device=score.device, dtype=share.dtype).scatter(1, gone, share)
-    return Plan(stay, gone, torch.full_like(gone, stay.shape[1]), weight, fused=True)
-
-
-def _weights(size, stay, gone, target, like):
-    """Share of each token in its row: its size over the row's (the size-weighted mean of ToMe)."""
-    size = like.new_ones(like.shape) if size is None else size
-    plan = Plan(stay, gone, target)
-    sums = plan.total(size)
-    return size / torch.gather(sums, 1, plan.source(like.shape[1])[:, :-1])
+    share = share / share.mean(1, keepdim=True)
+    mass = torch.ones(b, tokens, device=score.device, dtype=share.dtype).scatter(1, gone, share)
+    return Plan(stay, gone, torch.full_like(gone, stay.shape[1]), mass, fused=True)
 
 
 def nearest(score, keys, keep, prefix, size):
@@ -134,60 +150,65 @@ def nearest(score, keys, keep, prefix, size):
     """
     stay, gone = split_by(score, keep, prefix)
     cosine = take(keys, gone - prefix) @ take(keys, stay[:, prefix:] - prefix).transpose(1, 2)
-    target = cosine.argmax(-1) + prefix
-    like = with_prefix(score, 0).new_zeros(len(score), prefix + score.shape[1])
-    return Plan(stay, gone, target, _weights(size, stay, gone, target, like))
+    return Plan(stay, gone, cosine.argmax(-1) + prefix, size)
 
 
-def bipartite(keys, merged, prefix, size, importance=None, power=0.0):
+def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False):
     """One round of bipartite soft matching (ToMe, Bolya et al. 2023, section 3), with priced edges.
 
-    Every other patch is a source, the rest are destinations; each source has one edge, to the destination
-    with the most similar key; the `merged` cheapest edges are taken. An edge costs
-    (1 - cosine) * importance ** power: power 0 is ToMe, a large power merges the least important first
-    wherever they fit. keys: unit keys B P d; importance: B P, positive, or None.
+    Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
+    destination; the `merged` cheapest edges are taken. With `power` 0 an edge costs 1 - cosine, as in ToMe.
+    With importance it costs (1 - cosine) * importance ** power: a large power merges the least important first
+    wherever they fit. With `ward` it costs (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a
+    and b patches: power 1 is Ward's criterion (1963), the growth of the variance within the clusters, so that
+    what already stands for much is not merged further for little. keys: unit vectors B P d; importance: B P,
+    positive, or None; size: B N or None (all 1).
     """
     b, patches, _ = keys.shape
     # destinations are the even patches, so that there are never fewer of them than sources
     cosine = keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)  # B sources destinations
-    best, partner = cosine.float().max(-1)
+    if ward and power and size is not None:
+        one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
+        best, partner = ((cosine.float() - 1) * (2 * one * other / (one + other)) ** power).max(-1)
+    else:
+        best, partner = cosine.float().max(-1)
     if importance is None or power == 0:
         order = best
     else:
         relative = importance[:, 1::2] / importance.mean(1, keepdim=True)
         order = -(1 - best) * relative.clamp_min(1e-12) ** power
     sources = order.shape[1]
-    chosen = order.topk(merged, dim=1, sorted=False).indices
-    marked = torch.zeros_like(order).scatter(1, chosen, -1.0)
-    unmerged = marked.topk(sources - merged, dim=1, sorted=False).indices.sort(dim=1).values
-    even = torch.arange(0, patches, 2, device=keys.device).expand(b, -1)
-    stay = with_prefix(torch.cat([unmerged * 2 + 1, even], dim=1) + prefix, prefix)
-    gone, target = chosen * 2 + 1 + prefix, torch.gather(partner, 1, chosen) + prefix + sources - merged
-    like = best.new_zeros(b, prefix + patches)
-    return Plan(stay, gone, target, _weights(size, stay, gone, target, like))
+    ranked = order.topk(sources, dim=1).indices
+    chosen, unmerged = ranked[:, :merged], ranked[:, merged:].sort(dim=1).values
+    even = torch.arange(prefix, prefix + patches, 2, device=keys.device).expand(b, -1)
+    stay = with_prefix(torch.cat([unmerged * 2 + (1 + prefix), even], dim=1), prefix)
+    target = torch.gather(partner, 1, chosen) + (prefix + sources - merged)
+    return Plan(stay, chosen * 2 + (1 + prefix), target, size)
 
 
-def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5):
+def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, lengths=False):
     """The plans, in order, that bring the patches down to `keep`: one, or several bipartite rounds.
 
-    score: B P (None for "merge"); keys: unit keys B P d (None for "drop" and "fuse"); size: B N or None.
+    score: B P (None for "merge", "ward"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
     """
     if action == "drop":
         return [drop(score, keep, prefix)]
     if action == "fuse":
         return [fuse(score, keep, prefix)]
     if action == "nearest":
-        return [nearest(score, keys, keep, prefix, size)]
-    found = []
+        return [replace(nearest(score, keys, keep, prefix, size), lengths=lengths)]
+    found, ward = [], action == "ward"
     importance = score if action == "edge" else None
     for _, _, merged in bipartite_rounds(keys.shape[1], keep):
-        plan = bipartite(keys, merged, prefix, size, importance, power)
+        plan = bipartite(keys, merged, prefix, size, importance, power, ward)
         found.append(plan)
+        if plan.rows == prefix + keep:
+            break
         # the next round sees the merged tokens: their mean key, their importance and size summed
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
         keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
         if importance is not None:
             padded = torch.cat([importance.new_zeros(len(keys), prefix), importance], dim=1)
             importance = plan.total(padded)[:, prefix:]
-        size = plan.total(torch.ones_like(plan.weight) if size is None else size)
-    return found
+        size = plan.total(keys.new_ones(plan.shape, dtype=torch.float32) if size is None else size)
+    return [replace(plan, lengths=lengths) for plan in found]

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vitlab.compress import merge
 from vitlab.compress.merge import MERGES, add_rows, take
@@ -38,6 +39,8 @@ class Reducer:
         self.actions = tuple(config.action if i < late else "drop" for i in range(parts.depth))
         self.inside = config.rule == "exact"
         merges = config.action in MERGES
+        self.metric = config.metric or ("input" if config.action == "ward" else "key")
+        self.lengths = config.action == "ward" if config.lengths is None else config.lengths
         self.proportional = merges if config.proportional is None else config.proportional
         self.factors = random_factors(config.seed, parts.depth)
         self.total = parts.prefix + parts.patches
@@ -92,7 +95,8 @@ class Reducer:
         state, pending = self._attend(layer, state)
         state = dataclasses.replace(state, x=state.x + self._mlp(block, state))
         for plan in pending:
-            state = self._moved(plan, state, plan(state.x))
+            (x,), total = plan.join(state.x)
+            state = self._moved(plan, state, x, total)
         return state
 
     def view(self, layer, state, query=None, key=None, value=None):
@@ -113,10 +117,11 @@ class Reducer:
         """x + attention -> (state, plans that are still to be carried out, after the MLP)."""
         parts, block, action = self.parts, self.parts.model.blocks[layer], self.actions[layer]
         x = state.x
-        query, key, value = parts.split(block, block.norm1(x))
+        normed = block.norm1(x)
+        query, key, value = parts.split(block, normed)
         plans = []
         if self.counts[layer] < x.shape[1]:
-            state, plans = self._plans(layer, self.view(layer, state, query, key, value), state)
+            state, plans = self._plans(layer, self.view(layer, state, query, key, value), state, normed)
         if plans and action == "drop" and self.inside:
             # nothing reads what the dropped ones would see, so only the survivors are queries
             query = take(query.transpose(1, 2), plans[0].stay).transpose(1, 2)
@@ -125,28 +130,32 @@ class Reducer:
             return dataclasses.replace(state, x=x + parts.project(block, out)), plans
         for plan in plans:
             # merged before the projection: it is linear, so the mean of projections is the mean projected
-            x, out = plan(x), out if action == "drop" else plan(out)
-            state = self._moved(plan, state, x)
+            both, total = plan.join(x) if action == "drop" else plan.join(x, out)
+            x, out = both[0], both[-1] if len(both) == 2 else out
+            state = self._moved(plan, state, x, total)
         return dataclasses.replace(state, x=x + parts.project(block, out)), []
 
-    def _plans(self, layer, view, state):
-        """The state with its moving average, and the plans of block `layer`."""
+    def _plans(self, layer, view, state, normed):
+        """The state with its moving average, and the plans of block `layer`; normed: its normalised input."""
         action, prefix = self.actions[layer], self.parts.prefix
-        score = None if action == "merge" else SCORES[self.config.score](view)
+        score = None if action in ("merge", "ward") else SCORES[self.config.score](view)
         if self.averaged:
             state = dataclasses.replace(state, score=score)
-        keys = view.patch_keys() if action in MERGES else None
+        keys = None
+        if action in MERGES:
+            keys = view.patch_keys() if self.metric == "key" else F.normalize(normed[:, prefix:], dim=-1)
         left = self.counts[layer] - prefix
         return state, merge.plans(action, left, prefix, score=score, keys=keys, size=state.size,
-                                  power=self.config.power)  # fmt: skip
+                                  power=self.config.power, lengths=self.lengths)  # fmt: skip
 
-    def _moved(self, plan, state, x):
-        """The state after `plan`, with its tokens `x`."""
+    def _moved(self, plan, state, x, total):
+        """The state after `plan`, with its tokens `x`; total: the mass of each, or None."""
         before, prefix = state.x.shape[1], self.parts.prefix
         size, positions, owner, score = state.size, state.positions, state.owner, state.score
         if self.sized and (size is not None or plan.target is not None):
-            size = torch.ones(x.shape[0], before, device=x.device) if size is None else size
-            size = plan.total(size)
+            if plan.fused or total is None:  # else its mass is its size
+                total = plan.total(torch.ones(x.shape[0], before, device=x.device) if size is None else size)
+            size = total
         if positions is not None:
             positions = plan.positions(positions)
         if owner is not None:
@@ -187,8 +196,10 @@ class Reducer:
         """Grid B n H -> tokens B P H: the mean over each token's patches."""
         if self.config.action == "drop":
             return take(out, state.positions[:, self.parts.prefix :])
-        owner = state.owner
+        owner, size = state.owner, state.size
         sums = add_rows(out.new_zeros(len(out), left + 1, out.shape[2]), owner, out)[:, :left]
+        if size is not None and "drop" not in self.actions:  # then a token is in as many patches as its size says
+            return sums / size[:, self.parts.prefix :, None].to(out.dtype)
         ones = torch.ones(owner.shape, dtype=out.dtype, device=out.device)
         times = add_rows(out.new_zeros(len(out), left + 1), owner, ones)[:, :left]
         return sums / times[..., None]

@@ -84,7 +84,7 @@ def bipartite_rounds(patches, left):
 
 
 def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact", action="drop", score="cls",
-               lean=False, conv_patches=0, late_norm=False):  # fmt: skip
+               metric="key", lean=False, conv_patches=0, late_norm=False):  # fmt: skip
     """Multiply-accumulates of one image in one block that `before` tokens enter and `after` leave.
 
     With a = before, m = after, D = dim, H = mlp_dim, d = D / heads, P = a - prefix (patches):
@@ -97,7 +97,8 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
         lean, late norm     without (m - 1) D H: the mean is taken before the MLP's second layer
         score               read a D (CLS rows; in a mean-pooled model, and for the scores of the full map,
                             P a D), a D ("query"), P^2 d ("redundancy"), else 0
-        matching            P^2 / 4 d a round ("merge", "edge"), (a - m) (m - prefix) d ("nearest"), else 0
+        matching            P^2 / 4 d a round (pairs), (a - m) (m - prefix) d ("nearest"), else 0;
+                            D in place of d where the metric is "input"
         depthwise 3x3       9 n H over the whole grid of n patches, however many are left (lean CLS: none)
     """
     hidden = mlp_dim
@@ -106,7 +107,7 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
     extra = 0
     if after < before:
         extra = _score_macs(before, dim, heads, prefix, read, score, action)
-        extra += _matching_macs(before, after, dim // heads, prefix, action)
+        extra += _matching_macs(before, after, dim if metric == "input" else dim // heads, prefix, action)
     inside = rule == "exact"
     queries = after if inside and action == "drop" else before
     late = after if inside else before
@@ -118,7 +119,7 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
 
 def _score_macs(tokens, dim, heads, prefix, read, score, action):
     patches = tokens - prefix
-    if action == "merge":  # matching by keys alone
+    if action in ("merge", "ward"):  # matching alone
         return 0
     if score in FULL_MAP_SCORES or (score in ROW_SCORES and not read):
         return patches * tokens * dim
@@ -128,7 +129,7 @@ def _score_macs(tokens, dim, heads, prefix, read, score, action):
 
 
 def _matching_macs(before, after, width, prefix, action):
-    if action in ("merge", "edge"):
+    if action in ("merge", "edge", "ward"):
         rounds = bipartite_rounds(before - prefix, after - prefix)
         return sum(sources * others for sources, others, _ in rounds) * width
     return (before - after) * (after - prefix) * width if action == "nearest" else 0
@@ -153,7 +154,8 @@ def macs(model):
         total += block_macs(
             before, after, dim=config.dim, mlp_dim=config.mlp_dim, heads=config.heads, prefix=parts.prefix,
             read=parts.read, rule=reduction.rule, action=model.reducer.actions[layer], score=reduction.score,
-            lean=lean, conv_patches=parts.patches if config.mlp == "conv" else 0, late_norm=parts.late_norm,
+            metric=model.reducer.metric, lean=lean, late_norm=parts.late_norm,
+            conv_patches=parts.patches if config.mlp == "conv" else 0,
         )  # fmt: skip
         before = after
     return total

@@ -1,6 +1,8 @@
 """Choosing a schedule: per-layer counts by calibration, (r_max, alpha) by a multi-objective search."""
 
+import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -20,51 +22,93 @@ def damage(model, reference, images, batch=256):
     return F.kl_div(found, reference.log_softmax(1), reduction="batchmean", log_target=True).item()
 
 
-def calibrate(model, images, *, macs, config=None, step=4, batch=256, log=None, **options):
+ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
+
+
+def calibrate(model, images, *, macs, config=None, step=4, passes=200, batch=256, log=None, **options):
     """Tokens after each block that cost at most `macs` and change the predictions least: a TokenConfig.
 
-    Greedy from the full model: of all blocks, the one is next to lose `step` tokens (there and, where fewer are
-    left, in the blocks after) whose change costs the least damage per multiply-accumulate saved; damage is
-    measured on `images` (normalised, B C H W; from train or validation, never test). The cost is about
-    depth * tokens * depth / step passes over `images`. config and options: as in `keep`, without counts.
+    The best of some schedules at that cost (`ALPHAS`) is the start. Then counts are exchanged: a block gives
+    `step` tokens to another, what is left of the budget is filled up, and a change that lowers the `damage`
+    stays; when none does, the step is halved, down to 1. `images` (normalised, B C H W) are from train or
+    validation, never test; labels are not needed. passes: over the images, at most. config and options: as in
+    `keep`, without counts.
 
-    ValueError if `macs` cannot be reached.
+    The result is never worse, on these images, than the best schedule. ValueError if `macs` cannot be reached.
     """
     config = dataclasses.replace(config or TokenConfig(), **options)
-    reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
-    n = reduced.anatomy.prefix + reduced.anatomy.patches
-    least = reduced.anatomy.prefix + config.minimum
-    with running([reduced], device_of(reduced)):
-        reference = torch.cat([reduced.plain(part) for part in images.split(batch)]).float()
-        counts, cost, harm = (n,) * reduced.anatomy.depth, reduced.macs(), 0.0
-        while cost > macs:
-            trials = []
-            for candidate in _candidates(counts, step, least, config.protect):
-                saved = cost - reduced.reduce_by(counts=candidate).macs()
-                if saved > 0:
-                    trials.append(((damage(reduced, reference, images, batch) - harm) / saved, candidate))
-            if not trials:
-                raise ValueError(f"macs={macs}: these blocks cannot cost less than {cost} multiply-accumulates")
-            counts = min(trials)[1]
-            cost = reduced.reduce_by(counts=counts).macs()
-            harm = damage(reduced, reference, images, batch)
-            if log:
-                log(f"{cost / 1e6:.2f} MMac  damage {harm:.4f}  tokens {list(counts)}")
-    return dataclasses.replace(config, counts=counts)
+    search = _Exchange(model, images, macs, config, batch)
+    for alpha in ALPHAS:
+        with contextlib.suppress(ValueError):  # one so late cannot become so cheap
+            search.try_counts(keep(model, at_macs(model, macs, config, alpha=alpha)).tokens)
+    if search.counts is None:
+        raise ValueError(f"macs={macs}: no schedule of {config.action!r} costs this little or less")
+    while step >= 1 and search.passes < passes:
+        if not search.improve(step, passes):
+            step //= 2
+        elif log:
+            log(f"damage {search.harm:.4f}  tokens {list(search.counts)}  step {step}  passes {search.passes}")
+    return dataclasses.replace(config, counts=search.counts)
 
 
-def _candidates(counts, step, least, protect):
-    """Every way to take `step` tokens more away in one block; the blocks after it keep no more than it."""
-    depth, found = len(counts), []
-    shielded = {p % depth for p in protect}
-    for layer, count in enumerate(counts):
-        if layer in shielded or count <= least:
-            continue
-        lower = max(least, count - step)
-        changed = (*counts[:layer], *(min(c, lower) for c in counts[layer:]))
-        if changed not in found:
-            found.append(changed)
-    return found
+class _Exchange:
+    """Counts within a budget, the best found so far (`counts`, `harm`), and what was tried."""
+
+    def __init__(self, model, images, macs, config, batch):
+        self.images, self.macs, self.batch, self.config = images, macs, batch, config
+        self.reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
+        self.parts, self.counts, self.harm, self.passes, self.tried = self.reduced.anatomy, None, None, 0, set()
+        self.shielded = {p % self.parts.depth for p in config.protect}
+        with running([self.reduced], device_of(self.reduced)):
+            self.reference = torch.cat([self.reduced.plain(part) for part in images.split(batch)]).float()
+
+    def try_counts(self, counts):
+        """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
+        counts = tuple(counts)
+        if counts in self.tried or self.cost(counts) > self.macs:
+            return False
+        self.tried.add(counts)
+        self.passes += 1
+        with running([self.reduced], device_of(self.reduced)):
+            harm = damage(self.reduced, self.reference, self.images, self.batch)
+        better = self.harm is None or harm < self.harm
+        if better:
+            self.counts, self.harm = counts, harm
+        return better
+
+    def cost(self, counts):
+        return self.reduced.reduce_by(counts=counts).macs()
+
+    def improve(self, step, passes):
+        """One round of exchanges from the best counts; whether any of them stayed."""
+        start = self.harm
+        for giver, taker in itertools.permutations(range(self.parts.depth), 2):
+            if self.passes >= passes:
+                break
+            changed = list(self.counts)
+            changed[giver] -= step
+            changed[taker] += step
+            self.try_counts(self.filled(self.allowed(changed), taker))
+        return self.harm < start
+
+    def allowed(self, counts):
+        """Counts made to fall from block to block, protected ones the same as before them."""
+        low, left = self.parts.prefix + self.config.minimum, self.parts.prefix + self.parts.patches
+        found = []
+        for layer, count in enumerate(counts):
+            left = left if layer in self.shielded else max(low, min(left, count))
+            found.append(left)
+        return found
+
+    def filled(self, counts, layer):
+        """As many tokens for `layer` as the budget allows, else fewer."""
+        while self.cost(counts) > self.macs and counts[layer] > self.parts.prefix + self.config.minimum:
+            counts = self.allowed([c - (i == layer) for i, c in enumerate(counts)])
+        while True:
+            more = self.allowed([c + (i == layer) for i, c in enumerate(counts)])
+            if more == counts or self.cost(more) > self.macs:
+                return counts
+            counts = more
 
 
 def at_macs(model, macs, config=None, **options):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitlab.compress.anatomy import anatomy
-from vitlab.compress.merge import ACTIONS
+from vitlab.compress.merge import ACTIONS, METRICS
 from vitlab.compress.reduce import Reducer
 from vitlab.compress.schedule import RULES, check_counts, schedule
 from vitlab.compress.schedule import macs as closed_form
@@ -27,8 +27,12 @@ class TokenConfig:
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
-    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power). late: block
-    (from 0, negative from the end) from which on tokens are dropped instead: merge early, drop late.
+    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward" (pairs that
+    are alike in the block's normalised input, at a price that grows with their sizes, lengths kept: on the
+    study's models it changes predictions about half as much as ToMe). late: block (from 0, negative
+    from the end) from which on tokens are dropped instead: merge early, drop late.
+    metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
+    lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     rule: where a count acts, see `schedule`. proportional: log-size bias in attention; None: for merges.
     lean: the last block computes only what the head reads (same output).
     seed: of the random control.
@@ -44,6 +48,8 @@ class TokenConfig:
     protect: tuple = ()
     proportional: bool | None = None
     power: float = 0.5
+    metric: str | None = None
+    lengths: bool | None = None
     late: int | None = None
     ema: float = 0.5
     lean: bool = False
@@ -53,9 +59,9 @@ class TokenConfig:
         object.__setattr__(self, "protect", tuple(self.protect))
         if self.counts is not None:
             object.__setattr__(self, "counts", tuple(int(c) for c in self.counts))
-        for name, allowed in {"score": SCORES, "action": ACTIONS, "rule": RULES}.items():
+        for name, allowed in {"score": SCORES, "action": ACTIONS, "rule": RULES, "metric": (None, *METRICS)}.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
         if self.action in ("fuse", "edge") and self.score in SIGNED:
             raise ValueError(f"action={self.action!r} weighs tokens by score; {self.score!r} is not positive")
         if not 0 <= self.ema < 1:
