@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 import time
 import types
@@ -588,3 +589,28 @@ def test_power_on_the_gpu():
         pytest.skip(f"this machine shows no power: {found.reason}")
     assert found.watts > 20
     assert found.joules_per_image == pytest.approx(found.watts * 2.5 / found.images, rel=0.1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_program_keeps_the_memory_it_frees():
+    """Without, every pass maps its large tensors anew: page faults a pass, counted by the kernel."""
+    code = """
+import resource, sys, torch
+from vitlab.inference import hold_memory
+held = hold_memory() if sys.argv[1] == "held" else None
+def step():
+    return [torch.ones(2_000_000).add(i) for i in range(4)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(held, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    found = {}
+    for how in ("held", "as it is"):
+        out = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout
+        found[how] = out.split()
+    if found["held"][0] != "True":
+        pytest.skip("another allocator than glibc's")
+    assert int(found["held"][1]) < 0.2 * int(found["as it is"][1])

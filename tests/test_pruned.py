@@ -99,16 +99,28 @@ def test_step_by_step_ends_at_the_budget_with_the_epochs_divided(study, data, ba
 def test_sweep_holds_the_budget_for_every_criterion(data, base):
     rows = pruned.sweep(base, data, ["gates", "taylor", "random"], [0.85, 0.7], images=32, multiple=1, seconds=0.01)
     full = rows.macs[0]
-    assert list(rows.criterion) == ["unpruned", "gates", "gates", "taylor", "taylor", "random", "random"]
+    assert list(rows.way) == ["unpruned", "gates", "gates", "taylor", "taylor", "random", "random"]
     assert full == S.shape_of(base.model).macs() and (rows.macs <= rows.share * full).all()
     assert rows.accuracy[0] == pytest.approx(pruned.validated(base.model, data), abs=0.3)
     assert (rows.latency_ms > 0).all()
-    left, right = pruned.criteria(rows, "title").axes
+    left, right = pruned.ranking(rows, "title").axes
     assert [line.get_label() for line in right.get_lines() if line.get_label()[0] != "_"] == [
         "gates", "taylor", "random", "unpruned",
     ]  # fmt: skip
-    taylor = rows[rows.criterion == "taylor"].sort_values("macs")
+    taylor = rows[rows.way == "taylor"].sort_values("macs")
     assert list(left.get_lines()[1].get_xdata()) == pytest.approx((taylor.macs / 1e6).tolist())
+
+
+def test_sweep_over_structures_leaves_out_what_cannot_be_reached(data, base):
+    ways = {"blocks": {"criterion": "taylor", "kinds": ("block",)},
+            "MLP": {"criterion": "taylor", "kinds": ("mlp",), "multiple": 1}}  # fmt: skip
+    rows = pruned.sweep(base, data, ways, [0.9, 0.7], images=32, seconds=0.01)
+    full, hidden = rows.macs[0], S.shape_of(base.model).blocks[0].hidden
+    assert rows[rows.way == "blocks"].share.tolist() == [0.9, 0.7] and (rows.macs <= rows.share * full).all()
+    least = S.slim(base.model, {f"blocks.{i}.mlp": torch.zeros(hidden) for i in (0, 1)}).config.macs()
+    assert 0.7 * full < least < 0.9 * full and rows[rows.way == "MLP"].share.tolist() == [0.9]
+    with pytest.raises(ValueError, match="criterion='tailor'"):
+        pruned.sweep(base, data, {"x": {"criterion": "tailor"}}, [0.9], images=32, seconds=0.01)
 
 
 def test_kept_share_by_hand():

@@ -171,6 +171,9 @@ def measure(options):
 def _device(name):
     import torch
 
+    from vitlab.inference import hold_memory
+
+    hold_memory()
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {name}: choose auto, cpu or cuda")
     has = torch.cuda.is_available()

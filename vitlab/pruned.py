@@ -1,5 +1,6 @@
 """Arms of a pruning study: cut from a trained arm, trained on, pruned bit by bit; sweeps over criteria."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -93,40 +94,45 @@ def validated(model, data, dtype=None):
     return accuracy(model, data.val, mean=data.mean, std=data.std, num_classes=data.num_classes, dtype=dtype).top1
 
 
-def sweep(arm, data, criteria, shares, *, images=256, multiple=8, kinds=KINDS, batch=64, seconds=0.5):
-    """Every criterion at every share of the MACs, without training on: a DataFrame.
+def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=0.5):
+    """Every way of choosing what goes, at every share of the MACs, without training on: a DataFrame.
 
-    Columns: criterion, share, macs, accuracy (%, validation images), latency_ms (of a batch; all models are
-    timed against each other in turn, the unpruned one with them), images. The first row is unpruned.
+    ways: criteria, or {name: {"criterion", "kinds", and options of `select`}}. Columns: way, share, macs,
+    accuracy (%, validation images), latency_ms (of a batch; all models are timed against each other in turn,
+    the unpruned one with them), images. The first row is unpruned; a share that a way cannot reach has no row.
     """
     import pandas as pd
 
     shape, dtype = S.shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
+    ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
     models = {("unpruned", 1.0): S.slim(arm.model).eval()}
-    for criterion in criteria:
-        scores = S.score(arm.model, criterion, kinds=kinds, data=calibrated(arm, data, images), seed=arm.seed)
+    for name, options in ways.items():
+        options = {"criterion": name, "kinds": KINDS, "multiple": multiple} | options
+        batches = calibrated(arm, data, images)
+        scores = S.score(arm.model, options.pop("criterion"), kinds=options.pop("kinds"), data=batches, seed=arm.seed)
         for share in shares:
-            masks = S.select(shape, scores, macs=share * shape.macs(), multiple=multiple)
-            models[criterion, share] = S.slim(arm.model, masks).eval()
+            with contextlib.suppress(S.BudgetImpossible):  # such as MLPs alone, far down
+                masks = S.select(shape, scores, macs=share * shape.macs(), **options)
+                models[name, share] = S.slim(arm.model, masks).eval()
     side = (shape.in_chans, shape.image_size, shape.image_size)
     first = next(iter(models.values()))
     times = compare(models, example(first, side, batch), dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
     return pd.DataFrame([
-        {"criterion": name[0], "share": name[1], "macs": model.config.macs(), "images": batch,
+        {"way": name[0], "share": name[1], "macs": model.config.macs(), "images": batch,
          "accuracy": validated(model, data, dtype), "latency_ms": times[name].median_s * 1e3}
         for name, model in models.items()
     ])  # fmt: skip
 
 
-def criteria(rows, title=""):
-    """Accuracy against MACs and against latency of a `sweep`, one line a criterion; dashed: unpruned."""
+def ranking(rows, title=""):
+    """Accuracy against MACs and against latency of a `sweep`, one line a way; dashed: unpruned."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
-    whole, cuts = rows[rows.criterion == "unpruned"].iloc[0], rows[rows.criterion != "unpruned"]
+    whole, cuts = rows[rows.way == "unpruned"].iloc[0], rows[rows.way != "unpruned"]
     for ax, column, unit in zip(axes, ("macs", "latency_ms"), (1e-6, 1.0)):
-        for name, (colour, marker) in plots.colours(cuts.criterion).items():
-            line = cuts[cuts.criterion == name].sort_values("macs")
+        for name, (colour, marker) in plots.colours(cuts.way).items():
+            line = cuts[cuts.way == name].sort_values("macs")
             ax.plot(line[column] * unit, line.accuracy, color=colour, marker=marker, markersize=5, label=name)
         ax.axhline(whole.accuracy, color="0.4", linestyle="--", linewidth=1)
         ax.plot(whole[column] * unit, whole.accuracy, "k*", markersize=10, label="unpruned")
@@ -198,6 +204,6 @@ def published_export(arm, masks):
 
 
 __all__ = [
-    "calibrated", "criteria", "cut", "gated", "kept_share", "published_export", "relative", "run_noise", "same",
+    "calibrated", "cut", "gated", "kept_share", "published_export", "ranking", "relative", "run_noise", "same",
     "step_by_step", "sweep", "tuned", "validated",
 ]  # fmt: skip

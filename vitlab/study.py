@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from vitlab import claims, plots, rng, zoo
 from vitlab import data as datasets
 from vitlab.files import atomic, digest, plain, read_json, write_json
+from vitlab.inference import hold_memory
 from vitlab.measure import accuracy, measure
 from vitlab.models.vit import ViT
 from vitlab.provenance import provenance
@@ -57,6 +58,7 @@ class Study:
         self.fresh = os.environ.get("VITLAB_FRESH") == "1"
         self.verdicts = {}
         self._data, self._trained = {}, set()
+        hold_memory()
         plots.theme()
         _whole_tables()
 

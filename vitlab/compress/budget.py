@@ -9,6 +9,10 @@ SCOPES = ("global", "layer", "kind")
 ROUNDED = ("qk", "v", "mlp", "embed")  # heads and blocks are counted, not rounded
 
 
+class BudgetImpossible(ValueError):
+    """The smallest model that pruning these kinds allows is above the budget."""
+
+
 def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, scope="global", multiple=8,
            even=False, least=0.0, per_mac=False):  # fmt: skip
     """Masks ({structure: bool tensor}) that keep the best-scored units within one budget.
@@ -22,8 +26,8 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
     even: all heads left in a block get equal widths, so that one attention call does them. least: share of
     every structure that stays whatever its scores.
 
-    Raises ValueError for a budget that is missed at the smallest model these kinds allow, a ratio that
-    removes nothing, or options that are not known.
+    Raises BudgetImpossible (a ValueError) for a budget that is missed at the smallest model these kinds allow,
+    ValueError for a ratio that removes nothing and for options that are not known.
     """
     given = {k: v for k, v in {"ratio": ratio, "macs": macs, "latency": latency}.items() if v is not None}
     if len(given) != 1:
@@ -68,7 +72,7 @@ class _Plan:
         smallest = cost(narrow(self.config, self.masks(1.0)))
         if smallest > budget:
             kinds = sorted({kind_of(k) for k in self.scores})
-            raise ValueError(
+            raise BudgetImpossible(
                 f"{name}={budget:,} is impossible: the smallest model that pruning {', '.join(kinds)} "
                 f"allows has {smallest:,.6g} (least={self.least}, multiple={self.multiple}); "
                 f"the unpruned one has {cost(self.config):,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"

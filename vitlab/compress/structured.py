@@ -12,7 +12,7 @@ import copy
 
 import torch
 
-from vitlab.compress.budget import select
+from vitlab.compress.budget import BudgetImpossible, select
 from vitlab.compress.gates import L1, GatedViT, load_gated, save_gated
 from vitlab.compress.latency import LatencyTable, timed
 from vitlab.compress.scoring import CRITERIA, calibration, score
@@ -150,7 +150,7 @@ def prune_and_recover(
 
 
 __all__ = [
-    "CRITERIA", "KINDS", "L1", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig", "SlimViT", "as_slim",
-    "calibration", "kept", "load", "load_gated", "masked", "narrow", "prune", "prune_and_recover", "save",
+    "CRITERIA", "KINDS", "L1", "BudgetImpossible", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig", "SlimViT",
+    "as_slim", "calibration", "kept", "load", "load_gated", "masked", "narrow", "prune", "prune_and_recover", "save",
     "save_gated", "score", "select", "shape_of", "sizes", "slim", "timed",
 ]  # fmt: skip
