@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vitlab import claims, notebooks
 from vitlab.claims import Verdict
+from vitlab.discussion import discuss
 from vitlab.files import read_json, write_text
 from vitlab.measure import COLUMNS, show
 from vitlab.study import read_rows
@@ -18,9 +19,19 @@ PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is
 
 
 def render(root):
-    """{"results": ..., "status": ...}: the computed parts, as Markdown."""
+    """{"discussion": ..., "results": ..., "status": ...}: the computed parts, as Markdown."""
     root = Path(root)
-    return {"results": _results(root), "status": _status(root)}
+    return {"discussion": discuss(root, _presets(root)), "results": _results(root), "status": _status(root)}
+
+
+def _presets(root):
+    """{notebook: the best preset that has rows of it}."""
+    found = {}
+    for notebook in notebooks.find(root):
+        with_rows = [p for p in PRESETS if len(read_rows(root, p, notebook.stem))]
+        if with_rows:
+            found[notebook.stem] = with_rows[0]
+    return found
 
 
 def fill(text, parts):
@@ -56,13 +67,13 @@ def markdown(headings, lines):
 
 
 def _results(root):
-    parts = []
+    parts, presets = [], _presets(root)
     for notebook in notebooks.find(root):
-        for preset in PRESETS:
+        if preset := presets.get(notebook.stem):
             rows = read_rows(root, preset, notebook.stem)
-            if len(rows):
-                parts.append(_table(rows, notebook, preset) + _claims(root, notebook, preset))
-                break
+            # what is no arm read on test images (a sweep, a timing) belongs to its notebook
+            arms = rows[rows.accuracy_top1.notna()]
+            parts.append(_table(arms, notebook, preset) + _claims(root, notebook, preset))
     return "\n".join(parts) or "No rows yet: `./run_all.sh` makes them.\n"
 
 
