@@ -91,7 +91,7 @@ def test_sizes_that_take_too_long_are_left_out_and_said():
 
 def test_training_speed_of_a_deeper_model_is_lower():
     configs = {"deep": dataclasses.replace(SPEC.config, depth=8), "shallow": dataclasses.replace(SPEC.config, depth=1)}
-    found = complexity.training_speed(configs, batch=8, seconds=0.05, build=ViT)
+    found = complexity.training_speed({k: ViT(c) for k, c in configs.items()}, batch=8, seconds=0.05)
     assert found["shallow"] > 1.5 * found["deep"] > 0
 
 

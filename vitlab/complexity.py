@@ -162,15 +162,15 @@ def macs_crossover(attention, attention_args=(), *, dim, heads, sides=range(4, 1
     return None
 
 
-def training_speed(configs, *, batch, seconds=1.0, device="cpu", dtype=None, build):
+def training_speed(models, *, batch, seconds=1.0, device="cpu", dtype=None):
     """{name: images a second} of forward and backward of whole models, in turns so that they share any noise.
 
-    configs: {name: ViTConfig}; build(config) makes the model. Loss: the sum of the logits.
+    models: {name: a model with a `config`}. Loss: the sum of the logits.
     """
-    models, images = {}, {}
-    for name, config in configs.items():
-        models[name] = build(config).to(device).train()
-        for module in models[name].modules():  # dropout's own time is the same in all, and meters run in eval mode
+    images = {}
+    for name, model in models.items():
+        config = model.to(device).train().config
+        for module in model.modules():  # dropout's own time is the same in all, and meters run in eval mode
             module.training = False
         shape = (batch, config.in_chans, config.image_size, config.image_size)
         images[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
