@@ -1,5 +1,6 @@
 """Fit-or-load, rows, figures, claims and the README's computed parts."""
 
+import copy
 import dataclasses
 import json
 
@@ -16,7 +17,7 @@ from vitlab.files import read_json
 from vitlab.models import explain, vit
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.notebooks import project
-from vitlab.study import Study, read_rows
+from vitlab.study import DEMO, Study, arm_key, read_rows
 from vitlab.train import BudgetSpent, cross_entropy
 
 matplotlib.use("Agg")
@@ -78,6 +79,34 @@ def test_fresh_trains_again_once(study, spec, monkeypatch):
     assert "training 1 epochs" in study.lines[-2]
     fresh.arm(spec, data)
     assert "trained before" in study.lines[-1]
+
+
+def test_an_arm_that_comes_with_the_project_is_not_trained(study, spec, tmp_path, monkeypatch):
+    data = study.data("tiny")
+    first = study.arm(spec, data)
+    kept = tmp_path / "demo"
+    kept.mkdir()
+    vit.save(copy.deepcopy(first.model).half(), kept / "small.safetensors")
+    described = read_json(study.root / "checkpoints" / "tiny" / f"{first.key}.json")
+    (kept / "small.json").write_text(json.dumps(described | {"key": first.key}))
+    monkeypatch.setattr("vitlab.study.DEMO", kept)
+    other = Study("01_baseline", "cpu", device="cpu", root=tmp_path / "new", log=study.lines.append)
+    found = other.arm(spec, data)
+    assert "comes with the project" in study.lines[-1] and found.key == first.key
+    assert all(torch.equal(a.half().float(), b) for a, b in
+               zip(first.model.state_dict().values(), found.model.state_dict().values()))  # fmt: skip
+    monkeypatch.setenv("VITLAB_FRESH", "1")
+    Study("01_baseline", "cpu", device="cpu", root=tmp_path / "new", log=study.lines.append).arm(spec, data)
+    assert "epoch 1/1" in study.lines[-1], "--fresh trains it here"
+
+
+@pytest.mark.parametrize("described", sorted(DEMO.glob("*.json")), ids=lambda p: p.stem)
+def test_a_described_demo_is_the_arm_that_its_key_says(described):
+    about = read_json(described)
+    recipe = about["recipe"] | {"seed": about["seed"]}
+    assert arm_key(ViTConfig(**about["config"]), recipe, about["data"], about["variant"]) == about["key"]
+    model = vit.load(described.with_suffix(".safetensors"))
+    assert model.config == ViTConfig(**about["config"]) and about["history"][-1]["epoch"] == recipe["epochs"]
 
 
 def test_weights_without_their_description_are_not_an_arm(study, spec):

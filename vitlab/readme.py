@@ -7,7 +7,7 @@ results/ and the stamps of the notebooks in executed/ alone.
 import re
 from pathlib import Path
 
-from vitlab import claims, notebooks
+from vitlab import claims, costs, notebooks
 from vitlab.claims import Verdict
 from vitlab.discussion import discuss
 from vitlab.files import read_json, write_text
@@ -118,12 +118,20 @@ def _claims(root, notebook, preset):
 
 
 def _status(root):
-    lines = []
-    for notebook in notebooks.find(root):
+    lines, found = [], notebooks.find(root)
+    wanted = {p: notebooks.preset_parameters(root, p, found) for p in PRESETS} if found else {}
+    for notebook in found:
         cells = [notebook.stem]
         for preset in PRESETS:
             marks = notebooks.stamp(root / "executed" / preset / f"{notebook.stem}.ipynb")
-            cells.append(f"{marks['finished'][:10]}, {marks['device']}" if marks else "has not run yet")
+            given = notebook.parameters | wanted[preset][notebook.stem]
+            cells.append(f"{marks['finished'][:10]}, {marks['device']}" if marks else _missing(notebook, preset, given))
         lines.append(cells)
     return markdown(["notebook", *(f"preset `{p}`" for p in PRESETS)], lines)
 
+
+def _missing(notebook, preset, given):
+    count, minutes = costs.minutes(notebook.stem.split("_")[0], given)
+    if preset != "gpu" or not count:
+        return "has not run yet"
+    return f"has not run yet: {count} training runs, at least {minutes:,.0f} GPU minutes"

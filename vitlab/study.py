@@ -25,6 +25,8 @@ from vitlab.models.vit import ViT
 from vitlab.provenance import provenance
 from vitlab.train import History, cross_entropy, fit
 
+DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"  # trained arms that come with the project
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -97,8 +99,7 @@ class Study:
             raise ValueError(f"{spec.name}: an arm with its own objective or hooks needs a `variant` for its key")
         spec, name = zoo.fitted(spec, data), name or spec.name
         recipe = plain(spec.recipe) | {"seed": seed}
-        known = {k: v for k, v in recipe.items() if k not in ("compile", "dtype")}
-        key = digest([type(spec.config).__name__, plain(spec.config), known, data.key, variant])
+        key = arm_key(spec.config, recipe, data.key, variant)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
         rng.seed_all(seed)
         model = build(spec.config).to(self.device)
@@ -203,9 +204,18 @@ class Study:
         return claims.summary([self.verdicts.get(c.id) or claims.settle(c, None, as_published=False) for c in selected])
 
 
+def arm_key(config, recipe, data, variant=""):
+    """The key of an arm: its configuration, recipe (a dictionary, with the seed), data's key and variant.
+
+    How fast it ran, compiled or in which precision, is not part of it.
+    """
+    known = {k: v for k, v in recipe.items() if k not in ("compile", "dtype")}
+    return digest([type(config).__name__, plain(config), known, data, variant])
+
+
 def _shipped(key):
     """Path of the trained arm of that key that comes with the project, or None; VITLAB_FRESH=1 trains it again."""
-    for described in sorted((Path(__file__).parents[1] / "checkpoints" / "demo").glob("*.json")):
+    for described in sorted(DEMO.glob("*.json")):
         if read_json(described)["key"] == key:
             return described.with_suffix(".safetensors")
     return None
