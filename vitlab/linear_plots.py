@@ -1,6 +1,7 @@
 """The figures of the study of linear attention: cost against tokens, receptive fields."""
 
 import matplotlib.pyplot as plt
+import seaborn as sns
 from matplotlib.colors import LogNorm
 
 from vitlab.plots import WIDTH, colours
@@ -55,4 +56,17 @@ def fields(found, *, patch):
     bar = figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75)
     bar.ax.tick_params(labelsize=7)
     bar.set_label("% of the influence, a pixel", fontsize=8)
+    return figure
+
+
+def ablation(change):
+    """Differences from the softmax baseline, a row a variant: the first column (points) on its own colours."""
+    size, wide = (WIDTH, 1.1 + 0.32 * len(change)), (1.3, change.shape[1] - 1)
+    figure, axes = plt.subplots(1, 2, figsize=size, width_ratios=wide)
+    for ax, part, digits, unit in ((axes[0], change.iloc[:, :1], 2, "points"), (axes[1], change.iloc[:, 1:], 0, "%")):
+        sns.heatmap(part, annot=True, fmt=f"+.{digits}f", cmap="vlag", center=0, ax=ax, linewidths=0.5,
+                    annot_kws={"fontsize": 8}, cbar_kws={"label": unit})  # fmt: skip
+        ax.tick_params(axis="y", rotation=0)
+        ax.tick_params(axis="x", rotation=0)
+    axes[1].set_yticks([])
     return figure

@@ -124,7 +124,7 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
         ax.set(xscale="log", xlabel=axis(cost))
         _plain_log(ax.xaxis)
     axes[0][0].set_ylabel(axis(quality))
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
