@@ -61,7 +61,8 @@ def _baseline(given):
 def _pruning(given):
     base, tiny, ours = (_changed(given, n) for n in ("S2/baseline", "S2/tiny", "ours"))
     left = 1 - max(given["prune"]["ratios"])
-    found = [of(base), of(tiny), of(tiny, "S2/tiny-kd")]
+    found = [of(base), of(base, "uncut", **given["tune"]), of(tiny), of(tiny, "S2/tiny-kd")]
+    found += [of(ours, "ours, uncut", **given["tune_ours"])]
     found += [of(base, arm, share=left, **given["tune"]) for arm in ("tuned", "kd", "timm", "torch-pruning")]
     grid = given["grid"]
     short = len(grid["temperatures"]) * len(grid["alphas"]) + 6  # the control, and five kinds of teaching

@@ -63,22 +63,25 @@ def pruning(rows, special):
     if deep and f"{deep}-kd" in accuracy:
         gone = accuracy[deep] - accuracy["S2/baseline"]
         back = accuracy[f"{deep}-tuned"] - accuracy[deep]
+        behind = accuracy[f"{deep}-tuned"] - accuracy.get("S2/baseline-tuned", math.nan)
         more = accuracy[f"{deep}-kd"] - accuracy[f"{deep}-tuned"]
         yield (f"**Pruning and distillation.** The claim: a model pruned by {deep[10:]} % and distilled "
                f"({text('S2/pruned-40-kd/accuracy')}) is better than its baseline ({text('S2/baseline/accuracy')}). "
                f"Here the cut itself moves accuracy by {gone:+.2f} points, training on without a teacher gives "
-               f"{back:+.2f} back, and the teacher adds {word(more)} to that: most of what was credited to "
-               f"distillation {'was' if back > more else 'was not'} the epochs. With "
+               f"{back:+.2f} back ({behind:+.2f} from the uncut model trained on as long), and the teacher adds "
+               f"{word(more)} to that: most of what was credited to distillation {'was' if back > more else 'was not'} the epochs. With "
                f"{macs['S2/baseline'] / macs[deep]:.2f} times fewer MACs one image is "
                f"{latency['S2/baseline'] / latency[deep]:.2f}x as fast.")  # fmt: skip
     if "S2/tiny-kd" in accuracy:
         yield (f"A small student gains {word(accuracy['S2/tiny-kd'] - accuracy['S2/tiny'])} from that teacher.")
     mine = {n.removeprefix("ours/"): a for n, a in accuracy.items() if n.startswith("ours/")}
     if "control" in mine:
-        best, share = max(mine, key=mine.get), macs["ours/control"] / macs["ours"]
+        uncut, share = mine.pop("uncut", math.nan), macs["ours/control"] / macs["ours"]
+        best = max(mine, key=mine.get)
         yield (f"Our own baseline, cut to {100 * share:.0f} % of its MACs and trained on, "
-               f"goes from {accuracy['ours']:.2f} to {mine['control']:.2f} %; with random channels to "
-               f"{mine['random']:.2f} %. Best is *{best}*, {word(mine[best] - mine['control'])} against that control.")
+               f"reaches {mine['control']:.2f} %, with random channels {mine['random']:.2f}; uncut it had "
+               f"{accuracy['ours']:.2f} and, trained on as long, reaches {uncut:.2f}. Best cut is *{best}*, "
+               f"{word(mine[best] - mine['control'])} against the first.")
 
 
 def tokens(rows, special):
