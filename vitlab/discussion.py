@@ -69,7 +69,8 @@ def pruning(rows, special):
                f"({text('S2/pruned-40-kd/accuracy')}) is better than its baseline ({text('S2/baseline/accuracy')}). "
                f"Here the cut itself moves accuracy by {gone:+.2f} points, training on without a teacher gives "
                f"{back:+.2f} back ({behind:+.2f} from the uncut model trained on as long), and the teacher adds "
-               f"{word(more)} to that: most of what was credited to distillation {'was' if back > more else 'was not'} the epochs. With "
+               f"{word(more)} to that: most of what was credited to distillation "
+               f"{'was' if back > more else 'was not'} the epochs. With "
                f"{macs['S2/baseline'] / macs[deep]:.2f} times fewer MACs one image is "
                f"{latency['S2/baseline'] / latency[deep]:.2f}x as fast.")  # fmt: skip
     if "S2/tiny-kd" in accuracy:
