@@ -70,10 +70,10 @@ def test_rivals_cost_the_same(probe):
 
 def test_equal_latency_is_read_off_the_line_between_shares():
     rows = pd.DataFrame({"rival": [ts.TOME, ts.TOME, "fast", "fast", "slow", "slow"], "kl": [0.4, 0.2, 0.3, 0.1, 9, 8],
-                         "lost": 0.0, "latency_ms": [4.0, 6.0, 3.0, 5.0, 7.0, 8.0]})  # fmt: skip
+                         "lost": 0.0, "speed_up": [10 / t for t in (4.0, 6.0, 3.0, 5.0, 7.0, 8.0)]})  # fmt: skip
     found = ts.same_latency(rows)
     assert "slow" not in set(found.rival), "never as fast as that"
-    assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2]), "at 4 ms, half way from 3 to 5"
+    assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2]), "40 % is half way from 30 to 50"
     assert found[found.rival == ts.TOME].kl.tolist() == pytest.approx([0.4, 0.2])
 
 

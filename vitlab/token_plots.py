@@ -128,12 +128,16 @@ def contest(rows, *, column="lost", label="points lost on validation", title="")
 
 
 def frontier(rows, names, plain, *, title=""):
-    """Accuracy against MACs and against latency for some rivals, a line through their shares; `plain`: a row."""
+    """Accuracy against MACs and against latency for some rivals, a line through their shares; `plain`: a row.
+
+    Latency is that of a batch in % of the plain model's, which was timed in turns with each.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.2), sharey=True)
-    columns = {"macs": ("million MACs", 1e-6), "latency_ms": ("latency of the batch (ms)", 1.0)}
+    columns = {"macs": ("million MACs", 1e-6), "time": ("latency of the batch (% of plain)", 100)}
+    rows, plain = rows.assign(time=1 / rows.speed_up), plain | {"time": 1.0}
     for ax, (column, (label, scale)) in zip(axes, columns.items()):
         for name, (colour, marker) in colours(names).items():
-            part = rows[rows.rival == name].sort_values(column)
+            part = rows[rows.rival == name].sort_values("macs")
             ax.plot(part[column] * scale, part.accuracy, color=colour, marker=marker, markersize=5, label=name)
         ax.plot(plain[column] * scale, plain["accuracy"], "k*", markersize=11, label="plain")
         ax.set(xlabel=label)

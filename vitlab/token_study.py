@@ -169,19 +169,20 @@ def pooled(frames):
 
 
 def same_latency(rows, against=TOME, columns=("kl", "lost")):
-    """Rivals at the latency that `against` has at each share of the MACs: rows rival, latency_ms, and `columns`.
+    """Rivals at the latency that `against` has at each share of the MACs: rows rival, time, and `columns`.
 
-    A rival's columns at that latency lie on the straight line between its own shares; it has no row where the
-    latency is outside of what it reaches.
+    time is the share of the plain model's latency, timed in turns with it: absolute ones from different moments
+    do not compare. A rival's columns lie on the straight line between its own shares; it has no row where that
+    time is outside of what it reaches.
     """
-    found = []
-    for latency in rows.loc[rows.rival == against, "latency_ms"]:
+    rows, found = rows.assign(time=1 / rows.speed_up), []
+    for time in rows.loc[rows.rival == against, "time"]:
         for name, part in rows.groupby("rival", sort=False):
-            part = part.sort_values("latency_ms")
-            if part.latency_ms.iloc[0] <= latency <= part.latency_ms.iloc[-1]:
-                there = {c: np.interp(latency, part.latency_ms, part[c]) for c in columns}
-                found.append({"rival": name, "latency_ms": latency} | there)
-    return pd.DataFrame(found, columns=["rival", "latency_ms", *columns])
+            part = part.sort_values("time")
+            if part.time.iloc[0] <= time <= part.time.iloc[-1]:
+                there = {c: np.interp(time, part.time, part[c]) for c in columns}
+                found.append({"rival": name, "time": time} | there)
+    return pd.DataFrame(found, columns=["rival", "time", *columns])
 
 
 def agreement(probe, scores=tuple(SCORES), *, block=0, part=0.5):
