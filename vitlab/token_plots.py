@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.ticker import NullFormatter
 
 from vitlab.plots import WIDTH, colours
 
@@ -106,7 +107,8 @@ def contest(rows, *, column="lost", label="points lost on validation", title="")
     """Rivals at equal MACs, best on top, one panel a share of the MACs; the random control as a dashed line."""
     shares = sorted(rows["at"].unique(), reverse=True)
     order = rows.groupby("rival")[column].mean().sort_values().index
-    figure, axes = plt.subplots(1, len(shares), figsize=(WIDTH, 0.9 + 0.24 * len(order)), sharey=True, squeeze=False)
+    size = (WIDTH * (0.8 + 0.2 * len(shares)), 0.9 + 0.24 * len(order))
+    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False)
     look = colours(["merge", "drop by score", "control"])
     for ax, share in zip(axes[0], shares):
         here = rows[rows["at"] == share].set_index("rival").loc[order]
@@ -117,9 +119,11 @@ def contest(rows, *, column="lost", label="points lost on validation", title="")
                         color=colour, label=group, markersize=6)  # fmt: skip
         if "drop, random" in here.index:
             ax.axvline(here[column]["drop, random"], color="0.4", linestyle="--", linewidth=1)
-        ax.set(xlabel=label, title=f"{100 * share:.0f} % of the MACs")
+        ax.set_title(f"{100 * share:.0f} % of the MACs")
         if column == "kl":  # from a hundredth of a nat to more than one
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel(label, fontsize=9)
     axes[0][0].set_yticks(range(len(order)), order)
     axes[0][0].invert_yaxis()
     axes[0][0].legend(fontsize=8)
