@@ -8,6 +8,7 @@ parameters reaches in training; smaller models reach less, and measuring comes o
 import dataclasses
 
 from vitlab import linear_study, zoo
+from vitlab.measure import macs
 from vitlab.models.resnet import ResNet, ResNetConfig
 
 RATE = 0.2 * 790e12  # FLOP/s
@@ -70,8 +71,6 @@ def _pruning(given):
     arms = ("random", "control", "kd-self", "kd-cnn", "locality", "in rounds")
     found += [of(ours, arm, share=given["prune"]["share"], **given["tune_ours"]) for arm in arms]
     cnn = ResNet(ResNetConfig(image_size=ours.config.image_size, widths=given["cnn"]["widths"]))
-    from vitlab.measure import macs
-
     side = (3, ours.config.image_size, ours.config.image_size)
     return [*found, Run("cnn", macs(cnn, side), IMAGES["cifar10"], given["cnn"]["epochs"])]
 
