@@ -28,9 +28,9 @@ class TokenConfig:
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
     most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward" (pairs that
-    are alike in the block's normalised input, at a price that grows with their sizes, lengths kept: on the
-    study's models it changes predictions about half as much as ToMe). late: block (from 0, negative
-    from the end) from which on tokens are dropped instead: merge early, drop late.
+    are alike in the block's normalised input, at a price that grows with their sizes, lengths kept: the study's
+    own, held against ToMe in notebook 05). late: block (from 0, negative from the end) from which on tokens
+    are dropped instead: merge early, drop late.
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     rule: where a count acts, see `schedule`. proportional: log-size bias in attention; None: for merges.
