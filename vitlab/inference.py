@@ -14,9 +14,8 @@ HELD = 32 * 2**20  # bytes of the largest tensor kept: the most that glibc takes
 def hold_memory():
     """Let the process keep the memory it frees (glibc only): whether that was set.
 
-    By default large tensors get fresh pages from the kernel and give them back, again and again; on the CPU that
-    costs a small ViT 8 % of its training and more of its inference time. For programs, not for library
-    functions: it holds for the whole process.
+    By default large tensors get fresh pages from the kernel and give them back, again and again, which a small
+    ViT's training on the CPU feels. For programs, not for library functions: it holds for the whole process.
     """
     with contextlib.suppress(OSError, AttributeError):
         allocator = ctypes.CDLL(None).mallopt
