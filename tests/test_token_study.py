@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vitlab import data as datasets
+from vitlab import token_contest as tc
 from vitlab import token_panel, token_plots
 from vitlab import token_study as ts
 from vitlab.compress import tokens
@@ -54,27 +55,43 @@ def test_choose_takes_the_cheapest_that_is_allowed_else_the_least_bad():
 
 
 def test_rivals_cost_the_same(probe):
-    rows = ts.contest(probe, [0.75], batch=2, seconds=0.0, seeds=(0, 1), late=-1, calibration=probe.images[:8],
+    rows = tc.contest(probe, [0.75], batch=2, seconds=0.0, seeds=(0, 1), late=-1, calibration=probe.images[:8],
                       scores=("cls", "random", "grid"), passes=4)  # fmt: skip
-    assert set(rows.group) == {"merge", "drop by score", "control"}
-    assert {ts.LATE, ts.CALIBRATED, *ts.ACTIONS, "drop, random"} <= set(rows.rival)
+    assert set(rows.group) == {"merge", "drop by score", "control", tc.OTHER}
+    other = rows[rows.group == tc.OTHER].set_index("rival")
+    assert set(other.index) == {tc.CLOCKED, tc.LEAN} and other.kl[tc.LEAN] == pytest.approx(0, abs=1e-6)
+    rows = rows[rows.group != tc.OTHER]
+    assert {tc.LATE, tc.CALIBRATED, *tc.ACTIONS, "drop, random"} <= set(rows.rival)
     assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
-    draws = [tokens.TokenConfig(score="random", seed=s, counts=rows.set_index("rival").tokens["drop, random"])
-             for s in (0, 1)]  # fmt: skip
+    counts = rows.set_index("rival").tokens["drop, random"]
+    draws = [tokens.TokenConfig(score="random", lean=True, seed=s, counts=counts) for s in (0, 1)]
     mean = sum(probe.look(tokens.keep(probe.plain, c))["accuracy"] for c in draws) / 2
     assert rows.set_index("rival").accuracy["drop, random"] == pytest.approx(mean)
-    both = ts.pooled([rows, rows.assign(accuracy=rows.accuracy + 2)]).set_index("rival")
+    both = tc.pooled([rows, rows.assign(accuracy=rows.accuracy + 2)]).set_index("rival")
     assert both.accuracy["drop, cls"] == pytest.approx(rows.set_index("rival").accuracy["drop, cls"] + 1)
     assert both.spread["drop, cls"] == pytest.approx(2**0.5)
 
 
 def test_equal_latency_is_read_off_the_line_between_shares():
-    rows = pd.DataFrame({"rival": [ts.TOME, ts.TOME, "fast", "fast", "slow", "slow"], "kl": [0.4, 0.2, 0.3, 0.1, 9, 8],
+    rows = pd.DataFrame({"rival": [tc.TOME, tc.TOME, "fast", "fast", "slow", "slow"], "kl": [0.4, 0.2, 0.3, 0.1, 9, 8],
                          "lost": 0.0, "speed_up": [10 / t for t in (4.0, 6.0, 3.0, 5.0, 7.0, 8.0)]})  # fmt: skip
-    found = ts.same_latency(rows)
+    found = tc.same_latency(rows)
     assert "slow" not in set(found.rival), "never as fast as that"
-    assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2]), "40 % is half way from 30 to 50"
-    assert found[found.rival == ts.TOME].kl.tolist() == pytest.approx([0.4, 0.2])
+    assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2, 0.1]), "40 % is half way from 30 to 50; 60"
+    assert found[found.rival == tc.TOME].kl.tolist() == pytest.approx([0.4, 0.2])
+
+
+def test_payoff_gives_what_was_asked_for_or_an_empty_row(probe, monkeypatch):
+    """With a clock that counts operations: all tokens where that is fast enough, fewer, and none where nothing is."""
+    monkeypatch.setattr(tc, "TokenLatency", lambda model, *_, **options: lambda counts: tokens.keep(
+        model, action="ward", lean=True, counts=counts).macs() / probe.macs)  # fmt: skip
+    monkeypatch.setattr(probe, "times", lambda models, *_: {k: m.macs() / probe.macs if k == "reduced" else 1.0
+                                                           for k, m in models.items()})  # fmt: skip
+    rows = tc.payoff(probe, probe.images[:8], [2], (1.0, 0.7, 0.01), passes=4).set_index("goal")
+    assert rows.tokens[1.0] == tokens.keep(probe.plain, r_max=0.0).tokens and rows.kl[1.0] == pytest.approx(0, abs=1e-6)
+    assert rows.share[0.7] <= 0.7 < 0.8 * rows.share[1.0] + 0.1
+    assert rows.speed_up[0.7] == pytest.approx(1 / rows.share[0.7])
+    assert rows.tokens[0.01] is None and rows.isna().loc[0.01, ["speed_up", "lost"]].all()
 
 
 def test_agreement_is_the_overlap_of_what_is_kept(probe):

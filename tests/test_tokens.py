@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 
@@ -13,6 +14,7 @@ from vitlab.compress import controller, search, tokens
 from vitlab.compress.merge import ACTIONS
 from vitlab.compress.schedule import bipartite_rounds, schedule
 from vitlab.compress.scores import SCORES, SIGNED
+from vitlab.compress.token_latency import TokenLatency
 from vitlab.compress.tokens import TokenConfig, keep
 from vitlab.models import vit
 from vitlab.models.vit import ViT, ViTConfig
@@ -420,6 +422,58 @@ def test_calibration_meets_its_budget_and_beats_an_even_split():
     assert search.damage(model, reference, images) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="no schedule of 'drop' costs this little"):
         search.calibrate(model, images[:2], macs=1, step=8)
+
+
+@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "ward"}, {"action": "ward", "lean": True},
+                                     {"action": "merge", "late": -1}, {"rule": "published"}])  # fmt: skip
+@pytest.mark.parametrize("kind", [{}, {"pool": "mean", "mlp": "conv"}])
+def test_timed_blocks_add_up_to_the_whole(options, kind):
+    """With torch's counter of operations as the clock, the parts are exactly the whole, each timed once."""
+    model, images = small(image_size=16, depth=3, **kind), pictures(2, side=16)
+
+    def operations(run):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run()
+        return counter.get_total_flops()
+
+    meter = TokenLatency(model, images, timer=operations, **options)
+    prefix = 1 - bool(kind)
+    for counts in ((16, 16, 16), (12, 9, 9), (10, 10, 4), (16, 9, 5)):
+        counts = tuple(c + prefix for c in counts)
+        reduced = keep(model, counts=counts, **options)
+        assert meter(counts) == operations(functools.partial(reduced, images)), counts
+    before = dict(meter.timed)
+    meter(counts)
+    assert meter.timed == before
+    with pytest.raises(ValueError, match="each must be at most the one before"):
+        meter((9, 12, 4))
+
+
+def test_timed_blocks_tell_slim_ones_apart_and_take_timms():
+    timm = pytest.importorskip("timm")
+    vit_timm = timm.models.VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=3, num_heads=2).eval()
+    found = TokenLatency(vit_timm, pictures(1, side=16), timer=lambda run: run() is not None, action="merge")
+    assert found((12, 12, 12)) == 4, "embedding and three blocks"
+    clocked = TokenLatency(vit_timm, pictures(1, side=16), seconds=0.0)
+    assert clocked((12, 12, 8)) > 0 and set(clocked.timed) == {
+        "embedding", (17, 12, (0, "drop")), (12, 12, (0, "drop")), (12, 8, ("last", "drop"))}  # fmt: skip
+
+
+def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operations():
+    model, images = small(image_size=16), pictures(16, side=16)
+    reduced = keep(model, action="ward")
+    budget = 0.7 * vit.macs(model.config)
+    options = {"step": 4, "passes": 12, "action": "ward"}
+    by_clock = search.calibrate(model, images, latency=budget, meter=lambda counts: reduced.reduce_by(
+        counts=counts).macs(), **options)  # fmt: skip
+    assert by_clock == search.calibrate(model, images, macs=budget, **options)
+    whole = keep(model, r_max=0.0).tokens
+    assert search.calibrate(model, images, latency=1.0, meter=lambda counts: 1.0).counts == whole, "nothing to gain"
+    for wrong in ({}, {"macs": 1.0, "latency": 1.0, "meter": len}, {"latency": 1.0}, {"macs": 1.0, "meter": len}):
+        with pytest.raises(ValueError, match=r"give macs=\.\.\., or latency=\.\.\. with meter"):
+            search.calibrate(model, images, **wrong)
+    with pytest.raises(ValueError, match=r"latency=0.5: no schedule of 'drop' costs this little"):
+        search.calibrate(model, images[:2], latency=0.5, meter=lambda counts: 1.0)
 
 
 def test_search_is_shared_and_resumed(tmp_path):

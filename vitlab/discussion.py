@@ -12,7 +12,7 @@ from vitlab import claims
 from vitlab.claims import NOISE
 from vitlab.files import read_json
 from vitlab.study import read_rows
-from vitlab.token_study import CALIBRATED, TOME, WARD
+from vitlab.token_contest import CALIBRATED, TOME, WARD
 
 RIVALS = {"attention": "drop, cls", "random": "drop, random", "ToMe": TOME, "Ward": WARD,
           "Ward with calibrated counts": CALIBRATED}  # fmt: skip

@@ -105,11 +105,12 @@ def _sheet(rows, names):
 
 def contest(rows, *, column="lost", label="points lost on validation", title=""):
     """Rivals at equal MACs, best on top, one panel a share of the MACs; the random control as a dashed line."""
+    look = colours(["merge", "drop by score", "control"])
+    rows = rows[rows.group.isin(look)]
     shares = sorted(rows["at"].unique(), reverse=True)
     order = rows.groupby("rival")[column].mean().sort_values().index
     size = (WIDTH * (0.8 + 0.2 * len(shares)), 0.9 + 0.24 * len(order))
     figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False)
-    look = colours(["merge", "drop by score", "control"])
     for ax, share in zip(axes[0], shares):
         here = rows[rows["at"] == share].set_index("rival").loc[order]
         for group, (colour, marker) in look.items():
@@ -132,17 +133,22 @@ def contest(rows, *, column="lost", label="points lost on validation", title="")
 
 
 def frontier(rows, names, plain, *, title=""):
-    """Accuracy against MACs and against latency for some rivals, a line through their shares; `plain`: a row.
+    """Accuracy against MACs and against latency, a line through each rival's shares; `plain`: a row.
 
-    Latency is that of a batch in % of the plain model's, which was timed in turns with each.
+    The rivals in `names` are drawn in colour, all others of `rows` thin and grey. Latency is that of a batch in % of
+    the plain model's, which was timed in turns with each.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.6), sharey=True)
     columns = {"macs": ("million MACs", 1e-6), "time": ("latency of the batch (% of plain)", 100)}
     rows, plain = rows.assign(time=1 / rows.speed_up), plain | {"time": 1.0}
+    others = [name for name in rows.rival.unique() if name not in names]
+    looks = {name: ("0.75", None) for name in others} | colours(names)
     for ax, (column, (label, scale)) in zip(axes, columns.items()):
-        for name, (colour, marker) in colours(names).items():
-            part = rows[rows.rival == name].sort_values("macs")
-            ax.plot(part[column] * scale, part.accuracy, color=colour, marker=marker, markersize=5, label=name)
+        for name, (colour, marker) in looks.items():
+            part = rows[rows.rival == name].sort_values(column)
+            text = None if name in others[1:] else "each of the others" if name in others else name
+            ax.plot(part[column] * scale, part.accuracy, color=colour, marker=marker, markersize=5, label=text,
+                    linewidth=0.8 if name in others else None)  # fmt: skip
         ax.plot(plain[column] * scale, plain["accuracy"], "k*", markersize=11, label="plain")
         ax.set(xlabel=label)
     axes[0].set_ylabel("validation accuracy (%)")

@@ -1,4 +1,4 @@
-"""Fewer tokens, measured: sweeps, rivals at equal cost, agreement of scores, speed beside its limit.
+"""Fewer tokens, measured: sweeps, agreement of scores, speed beside its limit (rivals: see `token_contest`).
 
 Everything here looks at a finished model on validation images; rows come back as DataFrames. Beside accuracy
 stands `kl`, the divergence of the predictions from the plain model's (nats): a few hundred images cannot tell
@@ -7,9 +7,7 @@ accuracies half a point apart, but they can tell these.
 
 import dataclasses
 from pathlib import Path
-from statistics import fmean, pstdev
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,25 +17,12 @@ from vitlab.augment import normalize
 from vitlab.compress import tokens
 from vitlab.compress.controller import AdaptiveViT, fit_controller
 from vitlab.compress.scores import SCORES
-from vitlab.compress.search import at_macs, calibrate
+from vitlab.compress.search import at_macs
 from vitlab.inference import device_of, running
 from vitlab.models import vit
 from vitlab.predict import input_size
 from vitlab.study import Arm
 from vitlab.train import History
-
-CONTROLS = ("random", "grid")
-TOME, WARD, CALIBRATED = "merge pairs (ToMe)", "Ward, lengths kept", "Ward, calibrated counts"
-LATE = "merge pairs, drop in the last blocks"
-ACTIONS = {
-    "fuse the dropped into one (EViT)": {"action": "fuse"},
-    "merge into the nearest kept": {"action": "nearest"},
-    "merge pairs, important ones dear": {"action": "edge"},
-    TOME: {"action": "merge"},
-    "ToMe, alike in the input": {"action": "merge", "metric": "input"},
-    "Ward, plain means": {"action": "ward", "lengths": False},
-    WARD: {"action": "ward"},
-}
 
 
 def shipped(path, device="cpu", name="ours"):
@@ -117,72 +102,6 @@ def choose(rows, allowed=0.5):
     """The row of a sweep with the fewest MACs that loses at most `allowed` points; else the one that loses least."""
     good = rows[rows.lost <= allowed + 1e-9]
     return good.loc[good.macs.idxmin()] if len(good) else rows.loc[rows.lost.idxmin()]
-
-
-def rivals(probe, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), late=-2, calibration=None, passes=100):
-    """{name: (group, [TokenConfig, ...])} that all cost `share` of the plain model's MACs, or just below.
-
-    Every score drops; every action goes by the score "cls"; "random" comes once a seed of `seeds`. All follow the
-    schedule `alpha` but one: calibration: normalised images (not of the test split) for the calibrated counts,
-    found with so many passes over them; None leaves that rival out.
-    """
-    target, found = share * probe.macs, {}
-    for score in scores:
-        draws = seeds if score == "random" else (0,)
-        group = "control" if score in CONTROLS else "drop by score"
-        config = at_macs(probe.plain, target, alpha=alpha, score=score)
-        found[f"drop, {score}"] = (group, [dataclasses.replace(config, seed=seed) for seed in draws])
-    for name, options in (ACTIONS | {LATE: {"action": "merge", "late": late}}).items():
-        found[name] = ("merge", [at_macs(probe.plain, target, alpha=alpha, **options)])
-    if calibration is not None:
-        step = max(1, tokens.keep(probe.plain).anatomy.patches // 16)
-        best = calibrate(probe.plain, calibration, macs=target, action="ward", step=step, passes=passes)
-        found[CALIBRATED] = ("merge", [best])
-    return found
-
-
-def contest(probe, shares, *, batch=32, seconds=0.1, **options):
-    """Rows of all `rivals` at each share of the MACs: accuracy, lost, kl, macs, latency_ms, spread over seeds."""
-    rows = []
-    for share in shares:
-        field = rivals(probe, share, **options)
-        models = {name: [tokens.keep(probe.plain, c) for c in configs] for name, (_, configs) in field.items()}
-        times = probe.times({"plain": probe.plain} | {n: m[0] for n, m in models.items()}, batch, seconds)
-        for name, (group, _) in field.items():
-            looks = [probe.look(model) for model in models[name]]
-            mean = {key: fmean(look[key] for look in looks) for key in looks[0]}
-            rows.append({"rival": name, "group": group, "at": share} | mean | {
-                "spread": pstdev([look["accuracy"] for look in looks]), "latency_ms": times[name],
-                "speed_up": times["plain"] / times[name], "tokens": models[name][0].tokens,
-            })  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def pooled(frames):
-    """The mean over frames of `contest`, one a seed; `spread` is the deviation over them where there are several."""
-    rows = pd.concat(frames)
-    groups = rows.groupby(["at", "rival", "group"], sort=False)
-    mean = groups.mean(numeric_only=True)
-    if len(frames) > 1:
-        mean["spread"] = groups.accuracy.std()
-    return mean.reset_index()
-
-
-def same_latency(rows, against=TOME, columns=("kl", "lost")):
-    """Rivals at the latency that `against` has at each share of the MACs: rows rival, time, and `columns`.
-
-    time is the share of the plain model's latency, timed in turns with it: absolute ones from different moments
-    do not compare. A rival's columns lie on the straight line between its own shares; it has no row where that
-    time is outside of what it reaches.
-    """
-    rows, found = rows.assign(time=1 / rows.speed_up), []
-    for time in rows.loc[rows.rival == against, "time"]:
-        for name, part in rows.groupby("rival", sort=False):
-            part = part.sort_values("time")
-            if part.time.iloc[0] <= time <= part.time.iloc[-1]:
-                there = {c: np.interp(time, part.time, part[c]) for c in columns}
-                found.append({"rival": name, "time": time} | there)
-    return pd.DataFrame(found, columns=["rival", "time", *columns])
 
 
 def agreement(probe, scores=tuple(SCORES), *, block=0, part=0.5):

@@ -16,19 +16,21 @@ MERGES = ("merge", "nearest", "edge", "ward")
 METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
 
 
+def flat(index, n):
+    """Rows `index` (B K) of B sequences of `n` tokens, as rows of the B n tokens one after the other: (B K)."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * n).flatten()
+
+
 def take(x, index):
     """Rows `index` (B K) of x (B N or B N D)."""
-    b, n = x.shape[:2]
-    rows = (index + torch.arange(b, device=x.device)[:, None] * n).flatten()
     # many times quicker than gather over an index expanded to B K D: whole rows are copied
-    return x.flatten(0, 1).index_select(0, rows).unflatten(0, (b, index.shape[1]))
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
 
 
 def add_rows(base, index, source):
     """base (B K or B K D) with `source` (B R (D)) added to its rows `index` (B R)."""
-    b, k = base.shape[:2]
-    rows = (index + torch.arange(b, device=base.device)[:, None] * k).flatten()
-    return base.flatten(0, 1).index_add(0, rows, source.flatten(0, 1)).unflatten(0, (b, k))
+    added = base.flatten(0, 1).index_add(0, flat(index, base.shape[1]), source.flatten(0, 1))
+    return added.unflatten(0, base.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,35 @@ class Plan:
 
     def __call__(self, x):
         """B N D -> B K D: the mean of each row's tokens."""
-        return self.join(x)[0][0]
+        return self.join(x)[0]
 
-    def join(self, *parts):
-        """Tensors B N D_i -> ([B K D_i: the mean of each row's tokens], mass B K of each row, None if dropping).
+    def join(self, x):
+        """B N D -> (B K D: the mean of each row's tokens, mass B K of each row or None if they are dropped).
 
-        All in one pass: gathering is bound by the number of its operations, not by their width.
+        Each token is scaled by its share of its row before it is added, so most are touched once only.
         """
         if self.target is None:
-            return [take(x, self.stay) for x in parts], None
-        mass = torch.ones(self.shape, device=self.stay.device) if self.mass is None else self.mass
-        long = [_length(x)[..., None] for x in parts if self.lengths]
-        sums = self._sum(torch.cat([torch.cat([*parts, *long], 2) * mass[..., None], mass[..., None]], 2))
-        total = sums[..., -1]
-        means = (sums / total[..., None]).split([x.shape[2] for x in (*parts, *long)] + [1], 2)
-        found = list(means[: len(parts)])
-        for i, goal in enumerate(means[len(parts) : -1]):
-            found[i] = found[i] * (goal / _length(found[i])[..., None].clamp_min(1e-6))
-        return [mean.to(x.dtype) for mean, x in zip(found, parts)], total
+            return take(x, self.stay), None
+        n, k = self.shape[1], self.rows
+        stay, gone, target = flat(self.stay, n), flat(self.gone, n), flat(self.target, k)
+
+        def added(kept, joining):
+            kept = kept.unflatten(0, self.stay.shape)
+            if self.fused:
+                kept = torch.cat([kept, torch.zeros_like(kept[:, :1])], dim=1)
+            return kept.flatten(0, 1).index_add(0, target, joining)
+
+        x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))
+        mass = x.new_ones(self.shape, dtype=torch.float32) if self.mass is None else self.mass
+        mass_stay, mass_gone = (mass.flatten().index_select(0, rows) for rows in (stay, gone))
+        total = added(mass_stay, mass_gone)
+        share = mass_stay / total.unflatten(0, (-1, k))[:, : self.stay.shape[1]].flatten()
+        gone_share = mass_gone / total.index_select(0, target)
+        mean = added(x_stay * share[:, None], x_gone * gone_share[:, None])
+        if self.lengths:
+            length = added(_length(x_stay) * share, _length(x_gone) * gone_share)
+            mean = mean * (length / _length(mean).clamp_min(1e-6))[:, None]
+        return mean.to(x.dtype).unflatten(0, (-1, k)), total.unflatten(0, (-1, k))
 
     @property
     def shape(self):

@@ -93,11 +93,7 @@ class Reducer:
         if untouched and self.counts[layer] == state.x.shape[1]:
             return dataclasses.replace(state, x=block(state.x))
         state, pending = self._attend(layer, state)
-        state = dataclasses.replace(state, x=state.x + self._mlp(block, state))
-        for plan in pending:
-            (x,), total = plan.join(state.x)
-            state = self._moved(plan, state, x, total)
-        return state
+        return self._carry_out(pending, dataclasses.replace(state, x=state.x + self._mlp(block, state)))
 
     def view(self, layer, state, query=None, key=None, value=None):
         """What the scores see of block `layer`."""
@@ -116,24 +112,28 @@ class Reducer:
     def _attend(self, layer, state):
         """x + attention -> (state, plans that are still to be carried out, after the MLP)."""
         parts, block, action = self.parts, self.parts.model.blocks[layer], self.actions[layer]
-        x = state.x
-        normed = block.norm1(x)
+        normed, bias = block.norm1(state.x), self._bias(state)
         query, key, value = parts.split(block, normed)
         plans = []
-        if self.counts[layer] < x.shape[1]:
+        if self.counts[layer] < state.x.shape[1]:
             state, plans = self._plans(layer, self.view(layer, state, query, key, value), state, normed)
-        if plans and action == "drop" and self.inside:
+        dropped = action == "drop" and self.inside
+        if plans and dropped:
             # nothing reads what the dropped ones would see, so only the survivors are queries
             query = take(query.transpose(1, 2), plans[0].stay).transpose(1, 2)
-        out = parts.inner(block, parts.attend(block, query, key, value, self._bias(state)))
-        if not self.inside:
-            return dataclasses.replace(state, x=x + parts.project(block, out)), plans
+            state = self._carry_out(plans, state)
+        out = parts.inner(block, parts.attend(block, query, key, value, bias))
+        state = dataclasses.replace(state, x=state.x + parts.project(block, out))
+        if self.inside and not dropped:
+            return self._carry_out(plans, state), []
+        return state, [] if self.inside else plans
+
+    def _carry_out(self, plans, state):
+        """The state after all of `plans`."""
         for plan in plans:
-            # merged before the projection: it is linear, so the mean of projections is the mean projected
-            both, total = plan.join(x) if action == "drop" else plan.join(x, out)
-            x, out = both[0], both[-1] if len(both) == 2 else out
+            x, total = plan.join(state.x)
             state = self._moved(plan, state, x, total)
-        return dataclasses.replace(state, x=x + parts.project(block, out)), []
+        return state
 
     def _plans(self, layer, view, state, normed):
         """The state with its moving average, and the plans of block `layer`; normed: its normalised input."""

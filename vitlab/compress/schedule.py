@@ -92,7 +92,7 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
         no reduction        4 a D^2 + 2 a^2 D + 2 a D H
         published           the same, plus the score and the matching
         exact, drop         3 a D^2 + 2 m a D + m D^2 + 2 m D H      (only survivors are queries)
-        exact, fuse, merge  3 a D^2 + 2 a^2 D + m D^2 + 2 m D H      (merged before the linear projection)
+        exact, fuse, merge  4 a D^2 + 2 a^2 D + 2 m D H
         lean, CLS           2 a D^2 + read (D^2 + 2 a D + D^2 + 2 D H)   (`read` rows are all the head reads)
         lean, late norm     without (m - 1) D H: the mean is taken before the MLP's second layer
         score               read a D (CLS rows; in a mean-pooled model, and for the scores of the full map,
@@ -111,7 +111,7 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
     inside = rule == "exact"
     queries = after if inside and action == "drop" else before
     late = after if inside else before
-    total = 3 * before * dim**2 + 2 * queries * before * dim + late * dim**2 + 2 * late * dim * hidden
+    total = (3 * before + queries) * dim**2 + 2 * queries * before * dim + 2 * late * dim * hidden
     if lean and late_norm:
         total -= (late - 1) * dim * hidden
     return total + extra + 9 * conv_patches * hidden

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.tokens import TokenConfig, keep
 from vitlab.inference import device_of, running
 
@@ -25,24 +26,32 @@ def damage(model, reference, images, batch=256):
 ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
 
 
-def calibrate(model, images, *, macs, config=None, step=4, passes=200, batch=256, log=None, **options):
-    """Tokens after each block that cost at most `macs` and change the predictions least: a TokenConfig.
+def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None, step=4, passes=200, batch=256,
+              log=None, **options):  # fmt: skip
+    """Tokens after each block that keep to a budget and change the predictions least: a TokenConfig.
 
-    The best of some schedules at that cost (`ALPHAS`) is the start. Then counts are exchanged: a block gives
-    `step` tokens to another, what is left of the budget is filled up, and a change that lowers the `damage`
-    stays; when none does, the step is halved, down to 1. `images` (normalised, B C H W) are from train or
-    validation, never test; labels are not needed. passes: over the images, at most. config and options: as in
-    `keep`, without counts.
+    The budget is `macs` (of one image), or `latency` (ms) by `meter`, a `TokenLatency` of this machine. If all tokens
+    fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
+    exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
+    lowers the `damage` stays; when none does, the step is halved, down to 1. `images` (normalised, B C H W) are from
+    train or validation, never test; labels are not needed. passes: over the images, at most. config and options: as
+    in `keep`, without counts.
 
-    The result is never worse, on these images, than the best schedule. ValueError if `macs` cannot be reached.
+    The result is never worse, on these images, than the best schedule. BudgetImpossible, a ValueError, if the
+    budget cannot be reached.
     """
+    if (macs is None) == (latency is None) or (latency is None) != (meter is None):
+        raise ValueError("give macs=..., or latency=... with meter=TokenLatency(model, images, ...)")
     config = dataclasses.replace(config or TokenConfig(), **options)
-    search = _Exchange(model, images, macs, config, batch)
+    name, budget = ("macs", macs) if latency is None else ("latency", latency)
+    search = _Exchange(model, images, budget, meter, config, batch)
+    if search.try_counts([search.parts.prefix + search.parts.patches] * search.parts.depth):
+        return dataclasses.replace(config, counts=search.counts)
     for alpha in ALPHAS:
-        with contextlib.suppress(ValueError):  # one so late cannot become so cheap
-            search.try_counts(keep(model, at_macs(model, macs, config, alpha=alpha)).tokens)
+        with contextlib.suppress(BudgetImpossible):  # one so late cannot become so cheap
+            search.try_counts(keep(model, at_budget(model, budget, meter, config, alpha=alpha)).tokens)
     if search.counts is None:
-        raise ValueError(f"macs={macs}: no schedule of {config.action!r} costs this little or less")
+        raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
     while step >= 1 and search.passes < passes:
         if not search.improve(step, passes):
             step //= 2
@@ -54,8 +63,8 @@ def calibrate(model, images, *, macs, config=None, step=4, passes=200, batch=256
 class _Exchange:
     """Counts within a budget, the best found so far (`counts`, `harm`), and what was tried."""
 
-    def __init__(self, model, images, macs, config, batch):
-        self.images, self.macs, self.batch, self.config = images, macs, batch, config
+    def __init__(self, model, images, budget, meter, config, batch):
+        self.images, self.budget, self.meter, self.batch, self.config = images, budget, meter, batch, config
         self.reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
         self.parts, self.counts, self.harm, self.passes, self.tried = self.reduced.anatomy, None, None, 0, set()
         self.shielded = {p % self.parts.depth for p in config.protect}
@@ -65,7 +74,7 @@ class _Exchange:
     def try_counts(self, counts):
         """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
         counts = tuple(counts)
-        if counts in self.tried or self.cost(counts) > self.macs:
+        if counts in self.tried or self.cost(counts) > self.budget:
             return False
         self.tried.add(counts)
         self.passes += 1
@@ -77,7 +86,8 @@ class _Exchange:
         return better
 
     def cost(self, counts):
-        return self.reduced.reduce_by(counts=counts).macs()
+        reduced = self.reduced.reduce_by(counts=counts)
+        return self.meter(reduced.tokens) if self.meter else reduced.macs()
 
     def improve(self, step, passes):
         """One round of exchanges from the best counts; whether any of them stayed."""
@@ -102,24 +112,42 @@ class _Exchange:
 
     def filled(self, counts, layer):
         """As many tokens for `layer` as the budget allows, else fewer."""
-        while self.cost(counts) > self.macs and counts[layer] > self.parts.prefix + self.config.minimum:
+        while self.cost(counts) > self.budget and counts[layer] > self.parts.prefix + self.config.minimum:
             counts = self.allowed([c - (i == layer) for i, c in enumerate(counts)])
         while True:
             more = self.allowed([c + (i == layer) for i, c in enumerate(counts)])
-            if more == counts or self.cost(more) > self.macs:
+            if more == counts or self.cost(more) > self.budget:
                 return counts
             counts = more
 
 
 def at_macs(model, macs, config=None, **options):
     """The r_max in [0, 1) that brings `model` to at most `macs`: a TokenConfig; for arms at equal cost."""
+    return at_budget(model, macs, None, config, **options)
+
+
+def at_budget(model, budget, meter=None, config=None, **options):
+    """The r_max in [0, 1) that brings `model` to at most `budget`, in MACs or by `meter(counts)`: a TokenConfig."""
     config = dataclasses.replace(config or TokenConfig(), **options)
-    reduced, low, high = keep(model, config), 0.0, 0.999
-    if reduced.reduce_by(r_max=high, counts=None).macs() > macs:
-        raise ValueError(f"macs={macs}: alpha={config.alpha} reaches no less than {reduced.macs()}")
+    reduced = keep(model, config)
+
+    def cost(r_max):
+        reduced.reduce_by(r_max=r_max, counts=None)
+        return meter(reduced.tokens) if meter else reduced.macs()
+
+    low, costs = 0.0, {}
+    for high in (0.6, 0.9, 0.999):  # by the clock, the steepest reduction need not be the cheapest
+        costs[high] = cost(high)
+        if costs[high] <= budget:
+            break
+        low = high
+    else:
+        unit = "ms" if meter else "multiply-accumulates"
+        least = min(costs.values())
+        raise BudgetImpossible(f"{budget:,.6g} {unit}: alpha={config.alpha} reaches no less than {least:,.6g}")
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if reduced.reduce_by(r_max=middle).macs() <= macs else (middle, high)
+        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
     return dataclasses.replace(config, r_max=high, counts=None)
 
 
@@ -162,4 +190,4 @@ def best(study):
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
-__all__ = ["at_macs", "best", "calibrate", "damage", "search"]
+__all__ = ["at_budget", "at_macs", "best", "calibrate", "damage", "search"]
