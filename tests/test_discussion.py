@@ -19,12 +19,13 @@ def tell(root, notebook):
 def test_pruning_tells_the_epochs_from_the_teacher(tmp_path):
     accuracies = {"S2/baseline": 70.0, "S2/pruned-20": 60.0, "S2/pruned-40": 40.0, "S2/pruned-40-tuned": 68.0,
                   "S2/pruned-40-kd": 69.0, "S2/baseline-tuned": 71.0, "S2/pruned-40-even": 10.0}  # fmt: skip
-    arms(tmp_path, "04_x", accuracies, **{"S2/pruned-40": {"macs": 1e6, "latency_ms": 0.8}})
+    arms(tmp_path, "04_x", accuracies, **{
+        "S2/pruned-40": {"macs": 1e6, "latency_ms": 0.8}, "S2/pruned-40-even": {"latency_ms": 0.5}})  # fmt: skip
     text = tell(tmp_path, "04_x")
     assert "the cut itself moves accuracy by -30.00 points" in text
     assert "gives +28.00 back (-3.00 from the uncut model" in text
     assert "+1.00 points (within the noise of two runs)" in text and "was the epochs" in text
-    assert "2.00 times fewer MACs one image is 1.25x as fast" in text
+    assert "2.00 times fewer MACs one image is 1.25x as fast, with heads of equal width 2.00x." in text
     assert "80.67 %" in text and "78.33 %" in text, "the published figures stand beside"
     assert "small student" not in text and "Our own baseline" not in text, "there are no such rows"
     arms(tmp_path, "04_x", {"ours": 80.0, "ours/control": 78.0, "ours/random": 75.0, "ours/kd-cnn": 79.5,
@@ -45,7 +46,13 @@ def test_tokens_name_the_loser_and_the_factor(tmp_path):
     write_json(folder / "rivals-ours.json", {"rivals": rivals})
     speed = [{"rival": "Ward at the edge", "limit": 1.5, "measured": m, "batch": b} for m, b in ((0.9, 1), (1.4, 64))]
     write_json(folder / "speed-ours.json", {"speed": speed, "device": "a CPU"})
+    payoff = [{"batch": 1, "speed_up": 0.9, "lost": 0.0}, {"batch": 64, "speed_up": 1.2, "lost": 0.1},
+              {"batch": 64, "speed_up": 1.4, "lost": 0.4}, {"batch": 64, "speed_up": 1.9, "lost": 0.6},
+              {"batch": 64, "speed_up": None, "lost": None}]  # fmt: skip
+    write_json(folder / "payoff-ours.json", {"payoff": payoff, "device": "a CPU"})
     text = tell(tmp_path, "05_x")
+    assert "buys our convolutional ViT at batch 1 within 0.5 points: nothing." in text
+    assert "batch 64 within 0.5 points: 1.40x for +0.40 points lost on validation." in text
     assert "moves the plain model by -5.00 points" in text and "is at -2.00" in text
     assert "at 50 % of the MACs" in text and "worse than dropping at random" in text
     assert "3.0 times smaller than ToMe's" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab import rng
+from vitlab import counts, rng
 from vitlab.compress import structured as S
 from vitlab.compress.budget import _Plan
 from vitlab.models import vit
@@ -237,6 +237,30 @@ def test_a_head_ratio_removes_that_many_heads():
             assert scope != "layer" or heads == [12 - gone] * 2
     with pytest.raises(ValueError, match="removes nothing"):
         S.select(config, scores, ratio=0.01)
+
+
+@pytest.mark.parametrize(
+    ("heads", "padded"),
+    [(((2, 8, 8),), 0), (((2, 8, 16),), 16), (((1, 16, 8), (2, 8, 8)), 16), (((1, 0, 8), (1, 8, 8)), 8),
+     (((1, 64, 64), (7, 8, 8)), 0)],
+)  # fmt: skip
+def test_heads_filled_up_to_one_width_equal_heads_one_by_one(heads, padded):
+    whole = S.shape_of(ViT(ViTConfig(image_size=8, dim=32, depth=1, heads=2)))
+    block = dataclasses.replace(whole.blocks[0], heads=heads)
+    config = dataclasses.replace(whole, blocks=(block,))
+    assert config.padded(block) == padded and dataclasses.replace(config, qk_norm=True).padded(block) == 0
+    torch.manual_seed(0)
+    attention = S.SlimViT(config).blocks[0].attn.double().eval()
+    x = torch.randn(2, 5, config.dim, dtype=torch.float64)
+    q, k, v = attention.qkv(x).split((block.qk, block.qk, block.v), dim=-1)
+    outs, start = [], [0, 0]
+    for width, values in block.each_head:
+        mine, of_v = slice(start[0], start[0] + width), slice(start[1], start[1] + values)
+        weights = (q[..., mine] @ k[..., mine].transpose(1, 2) * block.scale).softmax(-1)
+        outs.append(weights @ v[..., of_v])
+        start = [start[0] + width, start[1] + values]
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(outs, -1)))
+    assert counts.macs(S.SlimViT(config), (3, 8, 8)) == config.macs()
 
 
 def test_widths_are_multiples_and_heads_even_when_asked():

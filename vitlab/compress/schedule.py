@@ -19,8 +19,8 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, prefix=1, min
     "published": after the block, so block l still computes with the count of block l - 1 and the last
         count saves nothing.
     "exact": inside the block it is counted for, between attention and MLP (as in EViT and ToMe). The
-        attention of block l has the keys of count l - 1; its projection and MLP (and, where tokens are
-        dropped, its queries too) have count l. Nothing is removed after the last block's MLP.
+        attention of block l has the keys of count l - 1; its MLP (and, where tokens are dropped, its queries and
+        projection too) has count l. Nothing is removed after the last block's MLP.
     """
     _check(n, layers, r_max, alpha, rule, prefix, minimum)
     shielded = protected(protect, layers)

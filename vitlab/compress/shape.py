@@ -11,6 +11,7 @@ import torch
 from vitlab.models.parts import ConvStem, PatchStem
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
+FILLED = 2  # at most so many times the channels, to fill unequal heads up to one width
 KINDS = ("qk", "v", "heads", "mlp", "block", "embed")
 
 
@@ -101,18 +102,30 @@ class SlimConfig:
     def tokens(self):
         return self.grid**2 + self.prefix_tokens
 
+    def padded(self, block):
+        """Width that all heads of `block` are filled up to with zeros, so that one fused attention does them.
+
+        0 where they need none, or where the filling (`FILLED`) would be more than what is filled up.
+        """
+        widths = [width for head in block.each_head for width in head]
+        if self.qk_norm or len(set(widths)) < 2 or max(widths) * len(widths) > FILLED * sum(widths):
+            return 0
+        return max(widths)
+
     def macs(self):
         """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
 
         Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
-        N D (2 Q + V) + N^2 (Q + V) + N V D + 2 N D H, and 9 n H for a depthwise 3x3 over n patches. A head
-        without query/key channels averages its values: no product of tokens.
+        N D (2 Q + V) + N^2 (Q + V) + N V D + 2 N D H, and 9 n H for a depthwise 3x3 over n patches. Where heads are
+        `padded`, the products of tokens are those of the padded widths. Else a head without query/key channels
+        averages its values: no product of tokens.
         """
         n, d = self.tokens, self.dim
         total = STEMS[self.stem].macs(self.stem_config)
         total -= self.grid**2 * self.stem_fan_in * (self.stem_dim - d)
         for block in self.blocks:
-            mixed = sum(qk + v for qk, v in block.each_head if qk)
+            padded = 2 * self.padded(block) * len(block.each_head)
+            mixed = padded or sum(qk + v for qk, v in block.each_head if qk)
             total += n * d * (2 * block.qk + 2 * block.v) + n * n * mixed + 2 * n * d * block.hidden
             total += 9 * self.grid**2 * block.hidden if self.mlp == "conv" else 0
         hidden = self.head_hidden

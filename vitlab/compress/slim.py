@@ -53,8 +53,10 @@ def _linear(inputs, outputs, bias=True):
 
 
 class SlimAttention(nn.Module):
-    """Softmax attention of heads of unequal widths, one SDPA for each run of equal heads. B N D -> B N D.
+    """Softmax attention of heads of unequal widths. B N D -> B N D.
 
+    One SDPA does all heads where they are filled up to one width (`SlimConfig.padded`): fused kernels want queries
+    and values of equal width, and zeros change no product. Else one SDPA does each run of equal heads.
     Rows of `qkv`: the queries of all heads, then the keys, then the values; with equal widths timm's layout.
     """
 
@@ -62,6 +64,8 @@ class SlimAttention(nn.Module):
         super().__init__()
         self.runs, self.scale, self.dropout = block.heads, block.scale, config.attention_dropout
         self.heads, self.sizes = len(block.each_head), (block.qk, block.qk, block.v)
+        self.padded = config.padded(block)
+        self.widths = [head[i] for i in (0, 0, 1) for head in block.each_head]  # of all queries, keys, values
         if self.heads:
             self.qkv = nn.Linear(config.dim, 2 * block.qk + block.v, bias=config.qkv_bias)
         if self.heads and config.qk_norm:
@@ -90,8 +94,20 @@ class SlimAttention(nn.Module):
     def forward(self, x):
         if not self.heads:
             return self.proj(x[..., :0])
+        if self.padded:
+            return self.proj(self.fused(x))
         mixed = [self.attend(*run).transpose(1, 2).flatten(2) for run in self.split(x)]
         return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=-1))
+
+    def fused(self, x):
+        """All heads in one SDPA, filled up to one width: B N D -> B N (value channels of all heads)."""
+        qkv = self.qkv(x)
+        zeros, filled = qkv.new_zeros(1).expand(*qkv.shape[:-1], self.padded), []
+        for part in qkv.split(self.widths, dim=-1):
+            filled += [part, zeros[..., part.shape[-1] :]]
+        filled = torch.cat(filled, dim=-1).unflatten(-1, (3, self.heads, self.padded))
+        mixed = self.attend(*filled.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
+        return torch.cat([mixed[:, :, i, :width] for i, width in enumerate(self.widths[-self.heads :])], dim=-1)
 
     def map(self, x):
         """The attention probabilities, B heads N N; None without heads."""
