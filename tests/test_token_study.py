@@ -73,12 +73,14 @@ def test_rivals_cost_the_same(probe):
 
 
 def test_equal_latency_is_read_off_the_line_between_shares():
+    times = (4.0, 6.0, 3.0, 5.0, 7.0, 8.0)
     rows = pd.DataFrame({"rival": [tc.TOME, tc.TOME, "fast", "fast", "slow", "slow"], "kl": [0.4, 0.2, 0.3, 0.1, 9, 8],
-                         "lost": 0.0, "speed_up": [10 / t for t in (4.0, 6.0, 3.0, 5.0, 7.0, 8.0)]})  # fmt: skip
+                         "at": [0.5, 0.7] * 3, "lost": 0.0, "speed_up": [10 / t for t in times]})  # fmt: skip
     found = tc.same_latency(rows)
     assert "slow" not in set(found.rival), "never as fast as that"
     assert found[found.rival == "fast"].kl.tolist() == pytest.approx([0.2, 0.1]), "40 % is half way from 30 to 50; 60"
     assert found[found.rival == tc.TOME].kl.tolist() == pytest.approx([0.4, 0.2])
+    assert found[found.rival == tc.TOME]["at"].tolist() == [0.5, 0.7]
 
 
 def test_payoff_gives_what_was_asked_for_or_an_empty_row(probe, monkeypatch):

@@ -126,17 +126,18 @@ def pooled(frames):
 
 
 def same_latency(rows, against=TOME, columns=("kl", "lost")):
-    """Rivals at the latency that `against` has at each share of the MACs: rows rival, time, and `columns`.
+    """Rivals at the latency that `against` has at each share of the MACs: rows rival, at (that share), time,
+    and `columns`.
 
     time is the share of the plain model's latency, timed in turns with it: absolute ones from different moments
     do not compare. A rival's columns lie on the straight line between its own shares. One that is faster than that at
     every share is read at its slowest; one that is never as fast has no row.
     """
     rows, found = rows.assign(time=1 / rows.speed_up), []
-    for time in rows.loc[rows.rival == against, "time"]:
+    for at, time in rows.loc[rows.rival == against, ["at", "time"]].itertuples(index=False):
         for name, part in rows.groupby("rival", sort=False):
             part = part.sort_values("time")
             if part.time.iloc[0] <= time:
                 there = {c: np.interp(time, part.time, part[c]) for c in columns}
-                found.append({"rival": name, "time": time} | there)
-    return pd.DataFrame(found, columns=["rival", "time", *columns])
+                found.append({"rival": name, "at": at, "time": time} | there)
+    return pd.DataFrame(found, columns=["rival", "at", "time", *columns])
