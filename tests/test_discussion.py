@@ -38,7 +38,8 @@ def test_pruning_tells_the_epochs_from_the_teacher(tmp_path):
 
 def test_tokens_name_the_loser_and_the_factor(tmp_path):
     arms(tmp_path, "05_x", {"S3/baseline": 60.0, "S3/baseline-on": 55.0, "S3/pruned-on": 58.0, "ours": 80.0,
-                            "ours, Ward at the edge": 79.75})  # fmt: skip
+                            "ours, Ward at the edge": 79.75, "ours, ToMe at 1.85x": 78.0,
+                            "ours, Ward, calibrated at 1.85x": 79.5})  # fmt: skip
     kl = {"attention": 0.5, "random": 0.4, "ToMe": 0.3, "Ward": 0.1, "Ward with calibrated counts": 0.09}
     rivals = [{"at": at, "rival": rival, "lost": 10 * kl[k], "kl": kl[k] if at == 0.5 else 0.0}
               for at in (0.8, 0.5) for k, rival in discussion.RIVALS.items()]  # fmt: skip
@@ -54,6 +55,8 @@ def test_tokens_name_the_loser_and_the_factor(tmp_path):
     assert "buys our convolutional ViT at batch 1 within 0.5 points: nothing." in text
     assert "batch 64 within 0.5 points: 1.40x for +0.40 points lost on validation." in text
     assert "moves the plain model by -5.00 points" in text and "is at -2.00" in text
+    assert "1.85x by the operations, nothing retrained, our convolutional ViT loses on all test images (points): " \
+           "ToMe +2.00; Ward, calibrated +0.50." in text  # fmt: skip
     assert "at 50 % of the MACs" in text and "worse than dropping at random" in text
     assert "3.0 times smaller than ToMe's" in text
     assert "by -0.25 points on test and promises 1.50x" in text and "0.90x at batch 1, 1.40x at batch 64" in text

@@ -454,9 +454,10 @@ def test_timed_blocks_tell_slim_ones_apart_and_take_timms():
     vit_timm = timm.models.VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=3, num_heads=2).eval()
     found = TokenLatency(vit_timm, pictures(1, side=16), timer=lambda run: run() is not None, action="merge")
     assert found((12, 12, 12)) == 4, "embedding and three blocks"
-    clocked = TokenLatency(vit_timm, pictures(1, side=16), seconds=0.0)
+    clocked = TokenLatency(vit_timm.train(), pictures(1, side=16), seconds=0.0)
     assert clocked((12, 12, 8)) > 0 and set(clocked.timed) == {
         "embedding", (17, 12, (0, "drop")), (12, 12, (0, "drop")), (12, 8, ("last", "drop"))}  # fmt: skip
+    assert vit_timm.training, "the model is as it was"
 
 
 def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operations():

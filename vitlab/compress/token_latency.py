@@ -5,6 +5,7 @@ import dataclasses
 from vitlab.compress.reduce import Reducer
 from vitlab.compress.schedule import check_counts
 from vitlab.compress.tokens import TokenConfig, keep
+from vitlab.inference import running
 from vitlab.meters import latency
 
 
@@ -24,22 +25,24 @@ class TokenLatency:
     def __init__(self, model, images, config=None, *, dtype=None, seconds=0.04, timer=None, **options):
         self.config = dataclasses.replace(config or TokenConfig(), **options, counts=None)
         self.parts = keep(model, self.config, r_max=0.0).anatomy
-        self.model, self.images, self.timed = self.parts.model.eval(), images, {}
+        self.model, self.images, self.dtype, self.timed = self.parts.model, images, dtype, {}
         clock = {"device": images.device, "dtype": dtype, "seconds": seconds, "warmup": 1, "min_runs": 5}
         # the lower quartile: a busy neighbour only ever slows a run down, and a search finds the lucky timings
         self.timer = timer or (lambda run: 1e3 * latency(run, **clock).q25_s)
         shapes = [tuple(p.shape for p in block.parameters()) for block in self.model.blocks]
-        self.kinds = [shapes.index(shape) for shape in shapes]  # slim models have blocks of several widths
+        self.kinds = [shapes.index(shape) for shape in shapes]  # blocks of one shape take the same time
 
     def __call__(self, counts):
         """ms of a batch that leaves `counts` tokens after each block; ValueError where counts cannot be."""
         parts = self.parts
         before = parts.prefix + parts.patches
-        total = 0.0
-        for layer, after in enumerate(check_counts(counts, before, parts.depth, parts.prefix)):
-            total += self._block(layer, before, after)
-            before = after
-        return total + self._once("embedding", lambda: self._reducer([before] * parts.depth).start(self.images))
+        counts = check_counts(counts, before, parts.depth, parts.prefix)
+        with running([self.model], self.images.device, self.dtype):
+            total = self._once("embedding", lambda: self._reducer(counts).start(self.images))
+            for layer, after in enumerate(counts):
+                total += self._block(layer, before, after)
+                before = after
+        return total
 
     def _once(self, key, run):
         if key not in self.timed:
