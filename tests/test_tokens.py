@@ -406,6 +406,29 @@ def test_learned_controller_follows_the_price():
     assert adaptive(images).shape == (24, 5)
 
 
+def test_controller_learns_from_images_what_a_share_of_tokens_buys():
+    """The features tell which half of the images has to keep its tokens: a controller at half price finds it."""
+    torch.manual_seed(0)
+    seen, hard = torch.randn(200, 5), torch.arange(200) % 2 == 0
+    seen[:, 1] += 4.0 * hard
+    table = torch.stack([torch.full((200,), 0.1), torch.where(hard, 2.0, 0.1)], dim=1)  # gentle, strong
+    shares = torch.tensor([1.0, 0.5])
+    found, info = controller._fitted(table, seen, shares, 0.5, 200, 0.02, 0)
+    assert (found(seen).argmax(1) == 1).eq(~hard).float().mean() > 0.95
+    assert info["tokens"] == pytest.approx(0.75, abs=0.03)
+
+
+def test_controller_meets_a_share_or_says_what_there_is():
+    adaptive = controller.AdaptiveViT(keep(small()), levels(), (0.9, 0.8)).eval()
+    images, labels = pictures(24), torch.arange(24) % 5
+    shares = [sum(r.counts) / (4 * 65) for r in adaptive.reducers]
+    _, info = controller.fit_controller(adaptive, images, labels, share=sum(shares) / 3, epochs=30)
+    assert min(shares) <= info["tokens"] <= max(shares) and info["price"] > 0
+    for wrong in ({}, {"price": 1.0, "share": 0.5}, {"share": 1.5}, {"price": -1.0}):
+        with pytest.raises(ValueError, match=r"price=|share="):
+            controller.fit_controller(adaptive, images, labels, **wrong)
+
+
 def test_calibration_meets_its_budget_and_beats_an_even_split():
     model, images = small(image_size=16), pictures(32, side=16)
     budget = 0.75 * vit.macs(model.config)

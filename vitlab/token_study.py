@@ -146,11 +146,11 @@ def speed(probe, configs, batches, *, seconds=0.3, mode=""):
     return pd.DataFrame(rows)
 
 
-def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1, price=1.0):
+def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
     "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (a Probe on other
-    images); "by a controller" is learnt on them with `price` (see `fit_controller`).
+    images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
     """
     model = tokens.keep(probe.plain)
     base = {"alpha": alpha, "action": action, "protect": tuple(range(look))}
@@ -161,7 +161,9 @@ def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="wa
         sharpness = torch.cat([blank.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
     cuts = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
     learnt = AdaptiveViT(model, levels, cuts, look=look).eval()
-    fit_controller(learnt, fitting.images, fitting.labels, price=price)
+    counts = torch.tensor([sum(reducer.counts) for reducer in learnt.reducers], dtype=torch.float32)
+    share = counts.mean().item() / (model.anatomy.depth * (model.anatomy.prefix + model.anatomy.patches))
+    fit_controller(learnt, fitting.images, fitting.labels, share=share)
     rows = []
     for name, arm in (("by entropy", AdaptiveViT(model, levels, cuts, look=look).eval()), ("by a controller", learnt)):
         probe.run(arm)

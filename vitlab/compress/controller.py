@@ -179,34 +179,62 @@ class Controller(nn.Module):
         return self.layers((seen - self.mean) / self.scale)
 
 
-def fit_controller(adaptive, images, labels, *, price, epochs=200, lr=0.02, seed=0, batch=256):
+def fit_controller(adaptive, images, labels, *, price=None, share=None, epochs=200, lr=0.02, seed=0, batch=256):
     """Train a Controller for `adaptive` (in place) on calibration images; the ViT stays as it is.
 
     Every level is run once on every image. The controller then minimises, over its own choice p of level,
     the expected loss sum_l p_l (cross-entropy_l + price * tokens_l / tokens_plain), exactly and without sampling;
-    a higher `price` gives fewer tokens. images: normalised, B C H W. Returns (controller, {"loss", "share" of images
-    at each level}).
+    a higher `price` gives fewer tokens. Give the price, or with `share` the mean of tokens_l / tokens_plain to come
+    out at (its price is then found by bisection). images: normalised, B C H W. Returns (controller, {"loss", "price",
+    "tokens": the mean share that came out, "share" of images at each level}).
     """
-    if price < 0 or not math.isfinite(price):
+    if (price is None) == (share is None):
+        raise ValueError(f"price={price}, share={share}: give one of them")
+    if price is not None and (price < 0 or not math.isfinite(price)):
         raise ValueError(f"price={price}: a finite number of at least 0 is needed")
     table, seen = _table(adaptive, images, labels, batch)
     whole = adaptive.model.anatomy.prefix + adaptive.model.anatomy.patches
-    share = [sum(reducer.counts) / (len(reducer.counts) * whole) for reducer in adaptive.reducers]
-    cost = table + price * torch.tensor(share, device=table.device)
+    shares = [sum(reducer.counts) / (len(reducer.counts) * whole) for reducer in adaptive.reducers]
+    shares = torch.tensor(shares, device=table.device)
+
+    def fit(price):
+        return _fitted(table, seen, shares, price, epochs, lr, seed)
+
+    if price is not None:
+        found = fit(price)
+    else:
+        if not shares.min() <= share <= shares.max():
+            raise ValueError(f"share={share}: the levels leave between {shares.min():.3f} and {shares.max():.3f}")
+        low, high, found = 1e-4, 1e2, None  # of cross-entropy for all tokens
+        for _ in range(14):
+            middle = math.sqrt(low * high)
+            tried = fit(middle)
+            low, high = (middle, high) if tried[1]["tokens"] > share else (low, middle)
+            if found is None or abs(tried[1]["tokens"] - share) < abs(found[1]["tokens"] - share):
+                found = tried
+    adaptive.controller = found[0]
+    return found
+
+
+def _fitted(table, seen, shares, price, epochs, lr, seed):
+    """A controller for the losses `table` (B levels) at one price, and what came of it."""
+    cost = table + price * shares
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        controller = Controller(len(adaptive.reducers)).to(table.device)
+        controller = Controller(len(shares)).to(table.device)
     controller.mean.copy_(seen.mean(0))
     controller.scale.copy_(seen.std(0).clamp_min(1e-6))
     optimizer = torch.optim.AdamW(controller.parameters(), lr=lr, weight_decay=0.01)
-    for _ in range(epochs):
-        loss = (controller(seen).softmax(1) * cost).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    adaptive.controller = controller.eval()
-    chosen = torch.bincount(controller(seen).argmax(1), minlength=len(share)) / len(seen)
-    return controller, {"loss": loss.item(), "share": chosen.tolist()}
+    with torch.enable_grad():
+        for _ in range(epochs):
+            loss = (controller(seen).softmax(1) * cost).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        chosen = torch.bincount(controller(seen).argmax(1), minlength=len(shares)) / len(seen)
+    return controller.eval(), {"loss": loss.item(), "price": price, "tokens": (chosen * shares).sum().item(),
+                               "share": chosen.tolist()}  # fmt: skip
 
 
 @torch.no_grad()
