@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.compress import controller, search, tokens
+from vitlab.compress import controller, search, structured, tokens
 from vitlab.compress.merge import ACTIONS
 from vitlab.compress.schedule import bipartite_rounds, schedule
 from vitlab.compress.scores import SCORES, SIGNED
@@ -472,7 +472,7 @@ def test_timed_blocks_add_up_to_the_whole(options, kind):
         meter((9, 12, 4))
 
 
-def test_timed_blocks_tell_slim_ones_apart_and_take_timms():
+def test_blocks_of_one_shape_are_timed_once_timms_too():
     timm = pytest.importorskip("timm")
     vit_timm = timm.models.VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=3, num_heads=2).eval()
     found = TokenLatency(vit_timm, pictures(1, side=16), timer=lambda run: run() is not None, action="merge")
@@ -498,6 +498,53 @@ def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operati
             search.calibrate(model, images, **wrong)
     with pytest.raises(ValueError, match=r"latency=0.5: no schedule of 'drop' costs this little"):
         search.calibrate(model, images[:2], latency=0.5, meter=lambda counts: 1.0)
+
+
+def cut(kind):
+    """(SlimViT with heads of unequal width, a ViT of full size that has zeros where channels were cut away)."""
+    model = small(dim=48, heads=3, image_size=16, **kind)
+    draw = torch.Generator().manual_seed(3)
+    masks, zeroed = {}, copy.deepcopy(model)
+    for i, block in enumerate(zeroed.blocks):
+        for name, n in (("qk", 48), ("v", 48), ("mlp", 48)):
+            masks[f"blocks.{i}.{name}"] = torch.rand(n, generator=draw) < 0.7
+        qk, v, mlp = (masks[f"blocks.{i}.{name}"] for name in ("qk", "v", "mlp"))
+        rows = torch.cat([qk, qk, v])
+        layers = [(block.attn.qkv, rows), (block.mlp.fc1, mlp)] + ([(block.mlp.conv, mlp)] if block.mlp.conv else [])
+        for layer, left in layers:
+            layer.weight.data[~left] = 0
+            layer.bias.data[~left] = 0
+    return structured.slim(model, masks).eval(), zeroed
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"action": "drop"}, {"action": "drop", "score": "value", "rule": "published"}, {"action": "fuse"},
+     {"action": "ward", "lean": True}, {"action": "edge", "metric": "input", "score": "received"}],
+    ids=lambda o: "-".join(map(str, o.values())),
+)  # fmt: skip
+def test_a_pruned_model_is_reduced_like_the_whole_one_with_zeros(kind, options):
+    slim, zeroed = cut(kind)
+    images = pictures(3, side=16)
+    torch.testing.assert_close(slim(images), zeroed(images), atol=1e-5, rtol=1e-4)
+    fewer = keep(slim, r_max=0.6, alpha=1.0, **options)
+    torch.testing.assert_close(fewer(images), keep(zeroed, fewer.token_config)(images), atol=1e-4, rtol=1e-3)
+    assert torch.equal(keep(slim, r_max=0.0)(images), slim(images))
+    assert counted(fewer, images[:1]) == fewer.macs() < slim.config.macs()
+    assert keep(slim, r_max=0.0).macs() == slim.config.macs() == counted(slim, images[:1])
+
+
+def test_a_pruned_and_reduced_model_is_saved_whole(tmp_path):
+    slim, _ = cut(BASE)
+    fewer = keep(slim, r_max=0.5, action="ward")
+    tokens.save(fewer, tmp_path / "x.safetensors")
+    again = tokens.load(tmp_path / "x.safetensors")
+    assert type(again.plain) is type(slim) and again.config == slim.config
+    assert torch.equal(again(pictures(2, side=16)), fewer(pictures(2, side=16)))
+    bare = structured.slim(small(image_size=16), {"blocks.1.v": torch.zeros(32), "blocks.2.mlp": torch.zeros(48)})
+    with pytest.raises(ValueError, match="blocks without a head, blocks without MLP channels"):
+        keep(bare)
 
 
 def test_search_is_shared_and_resumed(tmp_path):

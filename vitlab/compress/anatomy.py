@@ -10,21 +10,24 @@ import math
 import torch
 import torch.nn.functional as F
 
+from vitlab.compress.slim import SlimViT
 from vitlab.models.parts import Attention
 from vitlab.models.vit import ViT
 
 
 def anatomy(model):
-    """The `Ours` or `Timm` reading of `model`; ValueError names what it has that is not handled."""
+    """The `Ours`, `Slim` or `Timm` reading of `model`; ValueError names what it has that is not handled."""
     if isinstance(model, ViT):
         return Ours(model)
+    if isinstance(model, SlimViT):
+        return Slim(model)
     try:
         from timm.models import VisionTransformer
     except ImportError:
         VisionTransformer = ()
     if isinstance(model, VisionTransformer):
         return Timm(model)
-    raise ValueError(f"{type(model).__name__} is neither vitlab's ViT nor a timm VisionTransformer")
+    raise ValueError(f"{type(model).__name__} is neither vitlab's ViT or SlimViT nor a timm VisionTransformer")
 
 
 def _refuse(found):
@@ -48,11 +51,17 @@ class _Anatomy:
     def depth(self):
         return len(self.model.blocks)
 
+    @staticmethod
+    def scale(block):
+        """Factor of the attention logits; None is width ** -0.5."""
+        return None
+
     def attend(self, block, query, key, value, bias):
         """Fused attention -> tokens B M (heads d), before the projection."""
         rate = self.attention_dropout(block) if block.training else 0.0
         mask = None if bias is None else bias.to(query.dtype)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        scale = self.scale(block)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, scale=scale)
         return out.transpose(1, 2).flatten(2)
 
     def split_rows(self, block, x, rows):
@@ -71,7 +80,7 @@ class _Anatomy:
 
 
 class Ours(_Anatomy):
-    """vitlab's ViT with softmax attention (also one slimmed to fewer heads or hidden units)."""
+    """vitlab's ViT with softmax attention."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -109,29 +118,31 @@ class Ours(_Anatomy):
         return block.drop_path(block.drop(block.attn.proj(x)))
 
     @staticmethod
-    def mlp(block, x):
-        return block.drop_path(block.mlp(block.norm2(x)))
+    def added(block, x):
+        """What the MLP gives -> what is added to the residual; linear, token by token."""
+        return block.drop_path(x)
+
+    def mlp(self, block, x):
+        return self.added(block, block.mlp(block.norm2(x)))
 
     @staticmethod
     def local(block):
         """The MLP's convolution over the grid, or None."""
         return block.mlp.conv
 
-    @staticmethod
-    def local_mlp(block, x, mix):
+    def local_mlp(self, block, x, mix):
         """The MLP with `mix` (hidden tokens -> hidden tokens) in place of its convolution over the grid."""
         mlp = block.mlp
         hidden = mix(mlp.fc1(block.norm2(x)))
-        return block.drop_path(mlp.drop(mlp.fc2(mlp.drop(mlp.act(hidden)))))
+        return self.added(block, mlp.drop(mlp.fc2(mlp.drop(mlp.act(hidden)))))
 
-    @staticmethod
-    def mean_mlp(block, x, weight, mix=None):
+    def mean_mlp(self, block, x, weight, mix=None):
         """Mean over the tokens (weights B N 1 that sum to 1) of x + MLP, the second layer after the mean."""
         mlp = block.mlp
         hidden = mlp.fc1(block.norm2(x))
         hidden = hidden if mix is None else mix(hidden)
         hidden = (mlp.drop(mlp.act(hidden)) * weight).sum(1, keepdim=True)
-        return ((x * weight).sum(1, keepdim=True) + block.drop_path(mlp.drop(mlp.fc2(hidden)))).squeeze(1)
+        return ((x * weight).sum(1, keepdim=True) + self.added(block, mlp.drop(mlp.fc2(hidden)))).squeeze(1)
 
     def finish(self, x, size):
         """tokens -> logits; with sizes (B N) the pooled mean counts each token as often as it stands for."""
@@ -145,6 +156,44 @@ class Ours(_Anatomy):
 
     def finish_mean(self, pooled):
         return self.model.classify(self.model.norm(pooled))
+
+
+class Slim(Ours):
+    """A SlimViT: heads of any widths, filled up to one with zeros wherever tokens are reduced."""
+
+    def __init__(self, model):
+        _Anatomy.__init__(self, model)
+        config = model.config
+        _refuse({
+            "blocks without a head": any(not block.attn.heads for block in model.blocks),
+            "blocks without MLP channels": any(not block.mlp.hidden for block in model.blocks),
+        })  # fmt: skip
+        self.prefix, self.grid = config.prefix_tokens, (config.grid, config.grid)
+        self.read = 1 + config.distilled if config.pool == "cls" else 0
+        self.late_norm = config.pool == "mean" and config.pool_norm == "after"
+
+    @staticmethod
+    def scale(block):
+        return block.attn.scale
+
+    @staticmethod
+    def split(block, x):
+        return block.attn.filled(x)
+
+    def split_rows(self, block, x, rows):
+        return block.attn.filled(x, rows)
+
+    @staticmethod
+    def inner(block, x):
+        return block.attn.kept(x.unflatten(2, (block.attn.heads, -1)))
+
+    @staticmethod
+    def project(block, x):
+        return block.drop_path(block.ls1(block.drop(block.attn.proj(x))))
+
+    @staticmethod
+    def added(block, x):
+        return block.drop_path(block.ls2(x))
 
 
 class Timm(_Anatomy):

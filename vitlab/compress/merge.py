@@ -68,7 +68,7 @@ class Plan:
         def added(kept, joining):
             kept = kept.unflatten(0, self.stay.shape)
             if self.fused:
-                kept = torch.cat([kept, torch.zeros_like(kept[:, :1])], dim=1)
+                kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
             return kept.flatten(0, 1).index_add(0, target, joining)
 
         x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))

@@ -97,13 +97,12 @@ class Reducer:
 
     def view(self, layer, state, query=None, key=None, value=None):
         """What the scores see of block `layer`."""
-        parts, config = self.parts, self.config
+        parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
-            block = parts.model.blocks[layer]
             query, key, value = parts.split(block, block.norm1(state.x))
         positions = None if state.positions is None else state.positions[:, parts.prefix :]
         return View(query, key, value, parts.prefix, parts.read, self._bias(state), positions, state.score,
-                    config.ema, self.factors[layer], parts.grid)  # fmt: skip
+                    config.ema, self.factors[layer], parts.grid, parts.scale(block))  # fmt: skip
 
     def _bias(self, state):
         """Proportional attention: a token that stands for s patches is attended s times (ToMe, eq. 1)."""

@@ -84,7 +84,8 @@ def bipartite_rounds(patches, left):
 
 
 def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact", action="drop", score="cls",
-               metric="key", lean=False, conv_patches=0, late_norm=False):  # fmt: skip
+               metric="key", lean=False, conv_patches=0, late_norm=False, qk=None, v=None, width=None,
+               products=None):  # fmt: skip
     """Multiply-accumulates of one image in one block that `before` tokens enter and `after` leave.
 
     With a = before, m = after, D = dim, H = mlp_dim, d = D / heads, P = a - prefix (patches):
@@ -100,30 +101,36 @@ def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact"
         matching            P^2 / 4 d a round (pairs), (a - m) (m - prefix) d ("nearest"), else 0;
                             D in place of d where the metric is "input"
         depthwise 3x3       9 n H over the whole grid of n patches, however many are left (lean CLS: none)
+
+    A slim block has qk query (and key) and v value channels in all its heads (default D), each head filled up to
+    `width` (default D / heads), and `products` channels in the two products of tokens (default 2 width heads).
     """
-    hidden = mlp_dim
+    hidden, qk, v = mlp_dim, qk or dim, v or dim
+    width = width or dim // heads
+    across = heads * width
+    products = products or 2 * across
     if lean and read:
-        return 2 * before * dim**2 + read * (2 * dim**2 + 2 * before * dim + 2 * dim * hidden)
+        return before * dim * (qk + v) + read * (dim * (qk + v) + before * products + 2 * dim * hidden)
     extra = 0
     if after < before:
-        extra = _score_macs(before, dim, heads, prefix, read, score, action)
-        extra += _matching_macs(before, after, dim if metric == "input" else dim // heads, prefix, action)
+        extra = _score_macs(before, across, width, prefix, read, score, action)
+        extra += _matching_macs(before, after, dim if metric == "input" else width, prefix, action)
     inside = rule == "exact"
     queries = after if inside and action == "drop" else before
     late = after if inside else before
-    total = (3 * before + queries) * dim**2 + 2 * queries * before * dim + 2 * late * dim * hidden
+    total = before * dim * (2 * qk + v) + queries * (dim * v + before * products) + 2 * late * dim * hidden
     if lean and late_norm:
         total -= (late - 1) * dim * hidden
     return total + extra + 9 * conv_patches * hidden
 
 
-def _score_macs(tokens, dim, heads, prefix, read, score, action):
+def _score_macs(tokens, dim, width, prefix, read, score, action):
     patches = tokens - prefix
     if action in ("merge", "ward"):  # matching alone
         return 0
     if score in FULL_MAP_SCORES or (score in ROW_SCORES and not read):
         return patches * tokens * dim
-    return {"query": tokens * dim, "redundancy": patches**2 * (dim // heads)}.get(
+    return {"query": tokens * dim, "redundancy": patches**2 * width}.get(
         score, read * tokens * dim if score in ROW_SCORES else 0
     )
 
@@ -136,26 +143,38 @@ def _matching_macs(before, after, width, prefix, action):
 
 
 def macs(model):
-    """Closed-form multiply-accumulates of one image through a `TokenViT` around our ViT, all counted."""
+    """Closed-form multiply-accumulates of one image through a `TokenViT` around our ViT or SlimViT, all counted."""
+    from vitlab.compress.shape import SlimConfig
     from vitlab.models import vit
 
     parts, config, reduction = model.anatomy, model.config, model.token_config
     if config is None:
         raise ValueError("the closed form is for vitlab's ViT; a timm model is counted by measuring it")
+    slim = isinstance(config, SlimConfig)
     if not model.active:
-        return vit.macs(config)
-    # what is not in the blocks: the same configuration without its blocks' terms
-    one = vit.macs(dataclasses.replace(config, depth=1))
-    total = 2 * one - vit.macs(dataclasses.replace(config, depth=2))
-    before, last = parts.prefix + parts.patches, parts.depth - 1
+        return config.macs() if slim else vit.macs(config)
+    if slim:
+        total = dataclasses.replace(config, blocks=()).macs()
+    else:  # what is not in the blocks: the same configuration without its blocks' terms
+        total = 2 * vit.macs(dataclasses.replace(config, depth=1)) - vit.macs(dataclasses.replace(config, depth=2))
+    before = whole = parts.prefix + parts.patches
+    last, changed = parts.depth - 1, model.reducer.sized or model.reducer.local
     for layer, after in enumerate(model.tokens):
         lean = reduction.lean and layer == last and (
             parts.read or reduction.rule == "exact" or after == before)  # fmt: skip
         total += block_macs(
-            before, after, dim=config.dim, mlp_dim=config.mlp_dim, heads=config.heads, prefix=parts.prefix,
-            read=parts.read, rule=reduction.rule, action=model.reducer.actions[layer], score=reduction.score,
-            metric=model.reducer.metric, lean=lean, late_norm=parts.late_norm,
-            conv_patches=parts.patches if config.mlp == "conv" else 0,
+            before, after, dim=config.dim, prefix=parts.prefix, read=parts.read, rule=reduction.rule,
+            action=model.reducer.actions[layer], score=reduction.score, metric=model.reducer.metric, lean=lean,
+            late_norm=parts.late_norm, conv_patches=parts.patches if config.mlp == "conv" else 0,
+            **(_slim(config, layer, before == after and not lean and (before == whole or not changed)) if slim else
+               {"mlp_dim": config.mlp_dim, "heads": config.heads}),
         )  # fmt: skip
         before = after
     return total
+
+
+def _slim(config, layer, as_it_is):
+    """Widths of a block of a SlimViT; as_it_is: run by the model itself, which need not fill its heads up."""
+    block = config.blocks[layer]
+    return {"mlp_dim": block.hidden, "heads": len(block.each_head), "qk": block.qk, "v": block.v, "width": block.width,
+            "products": config.products(block) if as_it_is else None}  # fmt: skip

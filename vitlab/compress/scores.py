@@ -23,7 +23,8 @@ class View:
     query, key, value: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
     patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
     original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
-    decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns.
+    decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
+    the attention logits (None: d ** -0.5).
     """
 
     query: torch.Tensor
@@ -37,10 +38,12 @@ class View:
     decay: float = 0.5
     factors: tuple = (1, 1, 1, 1)
     grid: tuple = (1, 1)
+    scale: float | None = None
 
     def attention(self, query):
         """Probabilities B heads M N of the given query rows, in float32."""
-        logits = (query * self.key.shape[-1] ** -0.5) @ self.key.transpose(-2, -1)
+        scale = self.key.shape[-1] ** -0.5 if self.scale is None else self.scale
+        logits = (query * scale) @ self.key.transpose(-2, -1)
         return (logits if self.bias is None else logits + self.bias).float().softmax(-1)
 
     def given(self):

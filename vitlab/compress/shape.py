@@ -38,6 +38,11 @@ class SlimBlock:
         return tuple((qk, v) for count, qk, v in self.heads for _ in range(count))
 
     @property
+    def width(self):
+        """The widest of all query, key and value widths."""
+        return max((width for head in self.each_head for width in head), default=0)
+
+    @property
     def qk(self):
         """Query (or key) channels of all heads."""
         return sum(qk for qk, _ in self.each_head)
@@ -108,9 +113,14 @@ class SlimConfig:
         0 where they need none, or where the filling (`FILLED`) would be more than what is filled up.
         """
         widths = [width for head in block.each_head for width in head]
-        if self.qk_norm or len(set(widths)) < 2 or max(widths) * len(widths) > FILLED * sum(widths):
+        if self.qk_norm or len(set(widths)) < 2 or block.width * len(widths) > FILLED * sum(widths):
             return 0
-        return max(widths)
+        return block.width
+
+    def products(self, block):
+        """Channels that take part in the two products of tokens with tokens."""
+        padded = 2 * self.padded(block) * len(block.each_head)
+        return padded or sum(qk + v for qk, v in block.each_head if qk)
 
     def macs(self):
         """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
@@ -124,9 +134,7 @@ class SlimConfig:
         total = STEMS[self.stem].macs(self.stem_config)
         total -= self.grid**2 * self.stem_fan_in * (self.stem_dim - d)
         for block in self.blocks:
-            padded = 2 * self.padded(block) * len(block.each_head)
-            mixed = padded or sum(qk + v for qk, v in block.each_head if qk)
-            total += n * d * (2 * block.qk + 2 * block.v) + n * n * mixed + 2 * n * d * block.hidden
+            total += n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block) + 2 * n * d * block.hidden
             total += 9 * self.grid**2 * block.hidden if self.mlp == "conv" else 0
         hidden = self.head_hidden
         head = d * self.num_classes if hidden is None else d * hidden + hidden * self.num_classes

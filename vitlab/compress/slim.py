@@ -64,7 +64,7 @@ class SlimAttention(nn.Module):
         super().__init__()
         self.runs, self.scale, self.dropout = block.heads, block.scale, config.attention_dropout
         self.heads, self.sizes = len(block.each_head), (block.qk, block.qk, block.v)
-        self.padded = config.padded(block)
+        self.padded, self.width = config.padded(block), block.width
         self.widths = [head[i] for i in (0, 0, 1) for head in block.each_head]  # of all queries, keys, values
         if self.heads:
             self.qkv = nn.Linear(config.dim, 2 * block.qk + block.v, bias=config.qkv_bias)
@@ -95,19 +95,38 @@ class SlimAttention(nn.Module):
         if not self.heads:
             return self.proj(x[..., :0])
         if self.padded:
-            return self.proj(self.fused(x))
+            return self.proj(self.kept(self.attend(*self.filled(x)).transpose(1, 2)))
         mixed = [self.attend(*run).transpose(1, 2).flatten(2) for run in self.split(x)]
         return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=-1))
 
-    def fused(self, x):
-        """All heads in one SDPA, filled up to one width: B N D -> B N (value channels of all heads)."""
-        qkv = self.qkv(x)
-        zeros, filled = qkv.new_zeros(1).expand(*qkv.shape[:-1], self.padded), []
-        for part in qkv.split(self.widths, dim=-1):
+    def fill(self, flat, widths):
+        """Channels of heads of these widths, one after the other (B N C) -> B N heads width, filled up with zeros."""
+        if set(widths) == {self.width}:
+            return flat.unflatten(-1, (len(widths), self.width))
+        zeros, filled = flat.new_zeros(1).expand(*flat.shape[:-1], self.width), []
+        for part in flat.split(widths, dim=-1):
             filled += [part, zeros[..., part.shape[-1] :]]
-        filled = torch.cat(filled, dim=-1).unflatten(-1, (3, self.heads, self.padded))
-        mixed = self.attend(*filled.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2)
-        return torch.cat([mixed[:, :, i, :width] for i, width in enumerate(self.widths[-self.heads :])], dim=-1)
+        return torch.cat(filled, dim=-1).unflatten(-1, (len(widths), self.width))
+
+    def filled(self, x, rows=None):
+        """tokens B N D -> query (of the first `rows` tokens; None: of all), key, value, each B heads N width."""
+        if rows is None:
+            qkv = self.fill(self.qkv(x), self.widths).unflatten(2, (3, self.heads)).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+        else:
+            queries, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
+            bias = (None, None) if bias is None else (bias[:queries], bias[queries:])
+            q = self.fill(F.linear(x[:, :rows], weight[:queries], bias[0]), self.widths[: self.heads]).transpose(1, 2)
+            both = self.fill(F.linear(x, weight[queries:], bias[1]), self.widths[self.heads :])
+            k, v = both.unflatten(2, (2, self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+    def kept(self, mixed):
+        """Values of filled-up heads, B N heads width -> the channels that there are, B N V."""
+        values = self.widths[-self.heads :]
+        if set(values) == {self.width}:
+            return mixed.flatten(2)
+        return torch.cat([mixed[:, :, i, :width] for i, width in enumerate(values)], dim=-1)
 
     def map(self, x):
         """The attention probabilities, B heads N N; None without heads."""

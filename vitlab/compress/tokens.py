@@ -157,7 +157,7 @@ class TokenViT(nn.Module):
 
 
 def keep(model, config=None, **options):
-    """`model` on fewer tokens: a `TokenViT` around our ViT or a timm VisionTransformer, sharing its weights.
+    """`model` on fewer tokens: a `TokenViT` around our ViT or SlimViT or a timm VisionTransformer, sharing its weights.
 
     config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
     change `config` if both are given. State dict, training and eval are those of `model`. ValueError names
@@ -178,7 +178,7 @@ def save(model, path):
 
     meta = {"format": "vitlab-tokens-1", "tokens": json.dumps(plain(model.token_config))}
     if model.config is not None:
-        meta["config"] = json.dumps(plain(model.config))
+        meta |= {"config": json.dumps(plain(model.config)), "model": type(model.plain).__name__}
     with atomic(path) as part:
         save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
 
@@ -187,6 +187,8 @@ def load(path, model=None, device="cpu"):
     """The TokenViT that `save` wrote, in eval mode. One around a timm model wants such a `model` to fill."""
     from safetensors import safe_open
 
+    from vitlab.compress.shape import SlimConfig
+    from vitlab.compress.slim import SlimViT
     from vitlab.models.vit import ViT, ViTConfig
 
     with safe_open(path, "pt") as file:
@@ -196,7 +198,10 @@ def load(path, model=None, device="cpu"):
         state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
     if model is None and "config" not in meta:
         raise ValueError(f"{path} holds a timm model's weights: pass such a model to load them into")
-    model = model if model is not None else ViT(ViTConfig(**json.loads(meta["config"])))
+    if model is None:
+        slim = meta.get("model") == "SlimViT"
+        build, shape = (SlimViT, SlimConfig) if slim else (ViT, ViTConfig)
+        model = build(shape(**json.loads(meta["config"])))
     model.load_state_dict(state)
     return keep(model, TokenConfig(**json.loads(meta["tokens"]))).eval().to(device)
 
