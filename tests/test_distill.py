@@ -74,7 +74,8 @@ def test_objective_against_float64(kind, temperature, alpha, distilled):
         told = formula_soft(*pair, temperature)
     expected = (1 - alpha) * cross_entropy64(own, seen.targets) + alpha * told
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert logs["kd"].item() == pytest.approx(told, rel=1e-4)
+    # a small divergence is a difference of logarithms near 2: float32 leaves it 1e-6
+    assert logs["kd"].item() == pytest.approx(told, rel=1e-4, abs=2e-6)
     assert logs["ce"].item() == pytest.approx(cross_entropy64(own, seen.targets), rel=1e-5)
     assert set(logs) == {"accuracy", "ce", "kd", "agreement"}
 

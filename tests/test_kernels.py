@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def test_kernels_in_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", str(HERE / "kernel_cases.py"), "-p", "no:cacheprovider", "--tb=short"]
     run = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in run.stdout and version("triton").startswith("3.6."):
+        pytest.skip("the interpreter of triton 3.6 does not run on numpy >= 2.4")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout
 
