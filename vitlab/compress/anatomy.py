@@ -88,9 +88,11 @@ class Ours(_Anatomy):
             f"{type(block.attn).__name__} (only softmax attention has the scores)": True
             for block in model.blocks if type(block.attn).forward is not Attention.forward
         })  # fmt: skip
-        config = model.config
+        self.read_shape(model.config)
+
+    def read_shape(self, config):
         self.prefix, self.grid = config.prefix_tokens, (config.grid, config.grid)
-        self.read = config.prefix_tokens if config.pool == "cls" else 0
+        self.read = 1 + config.distilled if config.pool == "cls" else 0
         self.late_norm = config.pool == "mean" and config.pool_norm == "after"
 
     def embed(self, images):
@@ -163,14 +165,11 @@ class Slim(Ours):
 
     def __init__(self, model):
         _Anatomy.__init__(self, model)
-        config = model.config
         _refuse({
             "blocks without a head": any(not block.attn.heads for block in model.blocks),
             "blocks without MLP channels": any(not block.mlp.hidden for block in model.blocks),
         })  # fmt: skip
-        self.prefix, self.grid = config.prefix_tokens, (config.grid, config.grid)
-        self.read = 1 + config.distilled if config.pool == "cls" else 0
-        self.late_norm = config.pool == "mean" and config.pool_norm == "after"
+        self.read_shape(model.config)
 
     @staticmethod
     def scale(block):
