@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from vitlab import files, rng
-from vitlab.augment import Augment, normalize
-from vitlab.data import batches, load
+from vitlab.data.augment import Augment, normalize
+from vitlab.data.datasets import batches, load
+from vitlab.utils import files, rng
 
 ROUNDS = 3
 WORKERS = 2

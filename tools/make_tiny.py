@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ASSETS = Path(__file__).parent.parent / "vitlab" / "assets"
+ASSETS = Path(__file__).parent.parent / "vitlab" / "data" / "assets"
 SIDE, COLUMNS = 32, 60
 PARTS = {
     "train": ("train", 0, 200),

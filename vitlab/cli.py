@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 
-from vitlab import commands as work
+from vitlab.run import commands as work
 
 NEEDED = ("torch", "torchvision", "papermill", "nbconvert", "ipykernel", "yaml")
 INTERRUPTED_CODE, USAGE_CODE = 130, 2
@@ -131,13 +131,13 @@ def run(options):
             f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
             f"another interpreter with VITLAB_PYTHON"
         )
-    from vitlab import notebooks, runner
+    from vitlab.run import notebooks, runner
 
     project = notebooks.project(options.project)
     if options.list:
         return show(project)
     if options.test:
-        from vitlab.selftest import selftest
+        from vitlab.run.selftest import selftest
 
         return selftest(project)
     preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
@@ -162,7 +162,7 @@ def run(options):
 
 def show(project):
     """Print the notebooks, and where each preset stands."""
-    from vitlab import notebooks, runner
+    from vitlab.run import notebooks, runner
 
     found, presets = notebooks.find(project.source), notebooks.presets(project.source)
     if not found:
@@ -182,7 +182,7 @@ def show(project):
 
 def data(options):
     """Load each data set (which fetches, checks and caches it) and print what is in it."""
-    from vitlab.data import load
+    from vitlab.data.datasets import load
 
     for name in options.name:
         found = load(name, root=options.root)
@@ -193,7 +193,7 @@ def data(options):
 
 def refresh_readme(options):
     """Refresh README.md, or say whether it is stale; the exit code."""
-    from vitlab import notebooks, readme
+    from vitlab.run import notebooks, readme
 
     root = notebooks.project().source
     if options.check:

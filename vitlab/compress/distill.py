@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.compress.sources import as_slim
-from vitlab.predict import input_size
-from vitlab.train import hits
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.metrics.predict import input_size
+from vitlab.train.loop import hits
 
 KINDS = ("soft", "hard", "zscore")
 

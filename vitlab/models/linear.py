@@ -1,14 +1,14 @@
 """Linear attention for the one ViT: plain, Ripple (pooled keys and values) and Hydra (query branches).
 
-Cost grows with the number of tokens, not its square. The product itself is `vitlab.kernels.linear`'s.
+Cost grows with the number of tokens, not its square. The product itself is `vitlab.models.kernels.linear`'s.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.kernels.linear import EPS, KERNELS, PHIS, choose, features, linear_attention
-from vitlab.kernels.linear import macs as product_macs
+from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, linear_attention
+from vitlab.models.kernels.linear import macs as product_macs
 from vitlab.models.vit import ATTENTIONS
 
 

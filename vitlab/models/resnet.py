@@ -81,7 +81,7 @@ def save(model, path):
     """Write weights and configuration to one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    from vitlab.files import atomic, plain
+    from vitlab.utils.files import atomic, plain
 
     meta = {"format": "vitlab-resnet-1", "config": json.dumps(plain(model.config))}
     with atomic(path) as part:

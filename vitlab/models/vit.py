@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vitlab.models.parts import Attention, Block, ConvStem, PatchStem
+from vitlab.models.layers import Attention, Block, ConvStem, PatchStem
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
 POOLS = ("cls", "mean")
@@ -199,7 +199,7 @@ def save(model, path):
     """Write weights and configuration to one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    from vitlab.files import atomic, plain
+    from vitlab.utils.files import atomic, plain
 
     meta = {"format": "vitlab-vit-1", "config": json.dumps(plain(model.config))}
     with atomic(path) as part:

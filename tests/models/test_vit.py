@@ -1,0 +1,224 @@
+"""The ViT against timm, closed formulas and the published parameter counts."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlab.models import vit
+from vitlab.models.layers import Attention
+from vitlab.models.vit import ViT, ViTConfig, from_timm
+
+SMALL = ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
+OURS = dataclasses.replace(SMALL, stem="conv", mlp="conv", pool="mean", mlp_dim=64)
+
+
+def count(model, skip=()):
+    return sum(p.numel() for n, p in model.named_parameters() if n not in skip)
+
+
+def build(config):
+    with torch.device("meta"):  # shapes only: the large ones need no memory
+        return ViT(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (ViTConfig(image_size=224, patch_size=16, dim=192, depth=12, heads=3), 5_526_346),
+        (ViTConfig(image_size=224, patch_size=16, dim=192, depth=6, heads=6), 2_857_162),
+    ],
+)
+def test_parameters_of_the_dense_models_of_s0_are_exact(config, parameters):
+    assert count(build(config)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (ViTConfig(image_size=48, dim=512, depth=8, heads=8), 25.3),  # S3
+        (ViTConfig(num_classes=100, dim=384, depth=12, heads=6, qkv_bias=False), 21.36),  # S4
+    ],
+)
+def test_parameters_round_to_the_published_millions(config, millions):
+    digits = len(str(millions).split(".")[1])
+    assert round(count(build(config)) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize(("dim", "depth", "millions"), [(512, 6, 9.75), (256, 4, 1.66)])
+def test_parameters_of_s2_as_its_counter_saw_them(dim, depth, millions):
+    # the published figure is ptflops', which passes over bare parameters: the token and the positions
+    config = ViTConfig(
+        dim=dim, depth=depth, heads=dim // 64, mlp_dim=dim, qkv_bias=False, head_hidden=dim, dropout=0.1
+    )
+    assert round(count(build(config), skip=("cls_token", "pos_embed")) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"qkv_bias": False}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False, "fc_norm": False}),
+    ],
+)
+def test_timm_weights_give_timm_outputs(name, options):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, img_size=64, depth=3, num_classes=7, **options).eval()
+    for p in theirs.parameters():  # timm starts biases and some tokens at zero: make every weight count
+        torch.nn.init.normal_(p, std=0.1)
+    images = torch.randn(3, 3, 64, 64)
+    ours = from_timm(theirs)
+    assert not ours.training
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}, "LayerScale"),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "QK-norm"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "mean pooling over a model with a CLS token"),
+        ("vit_tiny_patch16_224", {"no_embed_class": True}, "position embedding without the prefix tokens"),
+        ("vit_tiny_patch16_224", {"pre_norm": True}, "norm before the blocks"),
+    ],
+)
+def test_timm_models_that_cannot_be_matched_are_refused_by_name(name, options, what):
+    model = timm.create_model(name, img_size=32, depth=1, num_classes=5, **options)
+    with pytest.raises(ValueError, match=what):
+        from_timm(model)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    torch.manual_seed(0)
+    attn = Attention(32, 4, config=SMALL).double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    w, b = attn.qkv.weight, attn.qkv.bias
+    out = torch.zeros_like(x)
+    for image in range(2):
+        q, k, v = (F.linear(x[image], w[i * 32 : i * 32 + 32], b[i * 32 : i * 32 + 32]) for i in range(3))
+        for head in range(4):
+            part = slice(head * 8, head * 8 + 8)
+            scores = torch.exp(q[:, part] @ k[:, part].T / 8**0.5)
+            out[image, :, part] = scores / scores.sum(1, keepdim=True) @ v[:, part]
+    torch.testing.assert_close(attn(x), attn.proj(out))
+
+
+@pytest.mark.parametrize("config", [SMALL, OURS, dataclasses.replace(SMALL, distilled=True)])
+def test_intermediates_do_not_change_the_logits_and_maps_are_the_ones_used(config):
+    model = ViT(config).eval()
+    images = torch.randn(2, 3, 16, 16)
+    logits, seen = model(images, intermediates=True)
+    torch.testing.assert_close(logits, model(images))
+    assert [t.shape for t in seen["tokens"]] == [(2, config.tokens, 32)] * 2
+    normed = model.blocks[0].norm1(seen["embed"])
+    attn = model.blocks[0].attn
+    by_map = attn.proj((seen["attention"][0] @ attn.split(normed)[2]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(by_map, attn(normed), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen["attention"][1].sum(-1), torch.ones(2, 2, config.tokens))
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, OURS, dataclasses.replace(OURS, pool="cls", distilled=True), ViTConfig(head_hidden=40, dim=96)]
+)
+def test_closed_form_macs_equal_the_counted_ones(config):
+    model = ViT(config).eval()
+    images = torch.randn(1, 3, config.image_size, config.image_size)
+    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), exact, FlopCounterMode(display=False) as counter:
+        model(images)
+    assert counter.get_total_flops() // 2 == vit.macs(config)
+
+
+def test_the_local_mlp_is_a_depthwise_convolution_over_the_grid():
+    config = dataclasses.replace(OURS, pool="cls")
+    mlp = ViT(config).blocks[0].mlp.double()
+    x = torch.randn(2, 17, 64, dtype=torch.float64)
+    image = x[:, 1:].transpose(1, 2).reshape(2, 64, 4, 4)
+    expected = x.clone()
+    padded = F.pad(image, (1, 1, 1, 1))
+    for i in range(4):
+        for j in range(4):
+            window = padded[:, :, i : i + 3, j : j + 3]
+            expected[:, 1 + 4 * i + j] += (window * mlp.conv.weight[:, 0]).sum((2, 3)) + mlp.conv.bias
+    torch.testing.assert_close(mlp.local(x), expected)
+
+
+def test_another_attention_class_is_a_constructor_argument():
+    class Double(Attention):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    plain, double = ViT(SMALL), ViT(SMALL, attention=Double)
+    double.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 17, 32)
+    torch.testing.assert_close(double.blocks[0].attn(x), 2 * plain.blocks[0].attn(x))
+
+
+def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = vit.Block(SMALL, Attention, drop_path=0.25).drop_path.train()
+    out = drop(torch.ones(20_000, 2, 3)).flatten(1)
+    assert ((out == 0).all(1) | (out == 4 / 3).all(1)).all()
+    assert abs(out.mean() - 1) < 0.02
+    assert (drop.eval()(torch.ones(5, 2, 3)) == 1).all()
+
+
+def test_save_and_load_keep_outputs_and_configuration(tmp_path):
+    model = ViT(dataclasses.replace(OURS, attention_args={})).eval()
+    model.patch_embed.layers[1].running_mean.normal_()
+    vit.save(model, tmp_path / "m.safetensors")
+    again = vit.load(tmp_path / "m.safetensors")
+    assert again.config == model.config
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again(images), model(images))
+
+
+def test_a_half_precision_copy_loads_as_float32(tmp_path):
+    model = ViT(SMALL).half()
+    vit.save(model, tmp_path / "m.safetensors")
+    again = vit.load(tmp_path / "m.safetensors")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+
+def test_a_foreign_or_newer_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="not written by"):
+        vit.load(tmp_path / "x.safetensors")
+    meta = {"format": "vitlab-vit-1", "config": json.dumps({"dim": 8, "wings": 2})}
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors", meta)
+    with pytest.raises(ValueError, match="wings"):
+        vit.load(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 30, "heads": 4}, "dim=30 is not a multiple of heads=4"),
+        ({"patch_size": 5}, "image_size=32 is not a multiple"),
+        ({"pool": "max"}, "pool='max': choose one of cls, mean"),
+        ({"stem": "conv", "patch_size": 2, "image_size": 32, "depth": 0}, "depth=0"),
+        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"distilled": True, "pool": "mean"}, "distilled=True needs pool='cls'"),
+    ],
+)
+def test_impossible_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViTConfig(**options)
+
+
+def test_unknown_attention_and_wrong_image_sizes_are_named():
+    with pytest.raises(ValueError, match="attention='quantum': choose one of softmax"):
+        ViT(dataclasses.replace(SMALL, attention="quantum"))
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\); this model takes \(3, 16, 16\)"):
+        ViT(SMALL)(torch.zeros(1, 3, 32, 32))

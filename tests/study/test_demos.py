@@ -1,0 +1,40 @@
+"""The trained models that come with the project: on real test images they are what checkpoints/README.md says."""
+
+import pytest
+
+from vitlab.compress.pruning import structured
+from vitlab.compress.tokens import reduction as tokens
+from vitlab.data import datasets as data
+from vitlab.metrics import measure
+from vitlab.models import vit
+from vitlab.study.study import DEMO
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return data.load("tiny")
+
+
+def accuracy(model, tiny):
+    return measure.accuracy(model, tiny.test, mean=tiny.mean, std=tiny.std, num_classes=10).top1
+
+
+def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
+    plain = vit.load(DEMO / "ours-cifar10.safetensors")
+    slim = structured.load(DEMO / "ours-cifar10-slim.safetensors")
+    fewer = tokens.load(DEMO / "ours-cifar10-ward.safetensors")
+    whole = accuracy(plain, tiny)
+    assert whole > 75, "500 real images; 10 % would be chance"
+    # three standard errors of 500 images
+    assert abs(accuracy(slim, tiny) - whole) < 6 and abs(accuracy(fewer, tiny) - whole) < 6
+    macs = measure.macs(plain, (3, 32, 32))
+    assert 0.55 * macs < slim.config.macs() <= 0.6 * macs
+    assert fewer.token_config.action == "ward" and 0.5 * macs < fewer.macs() < 0.8 * macs
+    assert all((a == b).all() for a, b in zip(fewer.state_dict().values(), plain.state_dict().values()))
+
+
+def test_every_demo_is_described_and_small():
+    text = (DEMO.parent / "README.md").read_text()
+    files = list(DEMO.glob("*.safetensors"))
+    assert len(files) == 3 and all(f"demo/{f.name}" in text for f in files)
+    assert max(f.stat().st_size for f in files) < 12e6

@@ -1,0 +1,160 @@
+"""What a unit is worth: scores of every prunable unit by six criteria. Larger = keep."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.gates import GatedViT
+from vitlab.compress.pruning.shape import head_index, kind_of, sizes
+from vitlab.data.augment import normalize
+from vitlab.utils import rng
+from vitlab.utils.device import device_of, running
+
+CRITERIA = ("gates", "magnitude", "taylor", "fisher", "geometric-median", "similarity", "random")
+
+
+def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
+    """{structure: scores of its units} of a model (anything `as_slim` takes, or a `GatedViT`).
+
+    criterion:
+    "gates": |trained gate| (of a GatedViT);
+    "magnitude": L2 norm of the unit's weights, relative to the mean in its structure;
+    "taylor": |gate * d loss / d gate|, mean over batches: the first-order change of the loss when the unit
+    is removed (Molchanov et al. 2019, eq. 8);
+    "fisher": half the mean squared gradient of the gate over single images (Theis et al. 2018, eq. 8);
+    "geometric-median": sum of distances to the other units' weights, relative to the mean (He et al. 2019);
+    "similarity": 1 - cosine of a block's input and output tokens (Men et al. 2024), kind "block" only;
+    "random": the control, drawn from `seed`.
+    data: [(images float B C H W, labels B), ...], for taylor, fisher and similarity (see `calibration`).
+
+    Raises ValueError for an unknown criterion or kind, and for missing data or gates.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
+    if criterion in ("taylor", "fisher", "similarity") and not data:
+        raise ValueError(f"criterion={criterion!r} needs data=[(images, labels), ...]; see scoring.calibration")
+    if criterion == "gates":
+        return _gates(model, kinds)
+    source = model.core if isinstance(model, GatedViT) else model
+    units = sizes(source.config if isinstance(model, GatedViT) else as_slim(source).config, kinds)
+    if criterion == "random":
+        return {name: torch.rand(n, generator=rng.generator(seed, "prune", name)) for name, n in units.items()}
+    if criterion in ("taylor", "fisher"):
+        return _gradients(model, kinds, data, squared=criterion == "fisher")
+    if criterion == "similarity":
+        if tuple(kinds) != ("block",):
+            raise ValueError(f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}")
+        return _similarity(model, data)
+    vectors = unit_weights(as_slim(source), units)
+    measure = _norms if criterion == "magnitude" else _distances
+    return {name: _relative(measure(v)) if kind_of(name) != "block" else measure(v) for name, v in vectors.items()}
+
+
+def calibration(data, images=256, batch=64, seed=0, size=None):
+    """[(normalised images float B C H W, labels B), ...]: a fixed random part of the training split.
+
+    data: a `vitlab.data.datasets.Dataset`; size: side in pixels that the model takes, where it differs.
+    """
+    draw = rng.generator(seed, "calibration")
+    pick = torch.randperm(len(data.train), generator=draw)[:images].to(data.train.labels.device)
+    found = []
+    for ids in pick.split(batch):
+        x = normalize(data.train.images[ids], data.mean, data.std, size=size)
+        found.append((x, data.train.labels[ids]))
+    return found
+
+
+def _gates(model, kinds):
+    if not isinstance(model, GatedViT):
+        raise ValueError("criterion='gates' needs a GatedViT whose gates were trained (objective L1)")
+    if missing := set(kinds) - set(model.kinds):
+        raise ValueError(f"this model has trained gates for {', '.join(model.kinds)}, not {', '.join(sorted(missing))}")
+    return {k: v.detach().abs() for k, v in model.values().items() if kind_of(k) in kinds}
+
+
+def _gradients(model, kinds, data, squared):
+    """Mean over batches of |gate * gradient|, or over images of (gate * gradient)^2 / 2."""
+    gated = GatedViT(model.core if isinstance(model, GatedViT) else model, kinds)
+    if isinstance(model, GatedViT):  # the gates so far belong to the weights
+        gated.mask({k: v.detach() for k, v in model.values().items()})
+    gated.eval()
+    names = {k: gated.gates[k.replace(".", "_")] for k in gated.structures if kind_of(k) in kinds}
+    batches = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(x))] if squared else list(data)
+    total = {k: torch.zeros_like(g) for k, g in names.items()}
+    for images, labels in batches:
+        loss = F.cross_entropy(gated(images), labels)
+        for (k, gate), grad in zip(names.items(), torch.autograd.grad(loss, list(names.values()))):
+            change = gate.detach() * grad
+            total[k] += change.square() / 2 if squared else change.abs()
+    return {k: v / len(batches) for k, v in total.items()}
+
+
+def _similarity(model, data):
+    core = as_slim(model) if not isinstance(model, GatedViT) else model
+    total = torch.zeros(len(core.config.blocks), device=device_of(core))
+    with running([core], device_of(core)):
+        for images, _ in data:
+            _, seen = core(images, intermediates=True)
+            stream = [seen["embed"], *seen["tokens"]]
+            same = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(stream)]
+            total += torch.stack(same)
+    return {f"blocks.{i}.block": (1 - s / len(data)).reshape(1) for i, s in enumerate(total)}
+
+
+def _norms(vectors):
+    return vectors.norm(dim=1)
+
+
+def _distances(vectors):
+    if len(vectors) == 1:
+        raise ValueError("criterion='geometric-median' compares the units of a structure: 'block' has only one")
+    return torch.cdist(vectors[None], vectors[None])[0].sum(1)
+
+
+def _relative(scores):
+    return scores / scores.mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def unit_weights(core, units):
+    """{structure: units x weights}: every weight that leaves with a unit of a `SlimViT`, as one row.
+
+    Heads of unequal widths are padded with zeros.
+    """
+    weights = {k: v.float() for k, v in core.state_dict().items()}
+    found = {}
+    for name in units:
+        if name == "embed":
+            found[name] = _embedding(weights)
+            continue
+        _, i, kind = name.split(".")
+        at, block = f"blocks.{i}.", core.config.blocks[int(i)]
+        if kind == "mlp":
+            rows = [weights[at + "mlp.fc1.weight"], weights[at + "mlp.fc2.weight"].T]
+            found[name] = torch.cat(rows, 1)
+            continue
+        if kind == "block":
+            parts = [v.flatten() for k, v in weights.items() if k.startswith(at)]
+            found[name] = torch.cat(parts)[None] / sum(p.numel() for p in parts) ** 0.5
+            continue
+        q, k, v = weights[at + "attn.qkv.weight"].split([block.qk, block.qk, block.v])
+        qk, v = torch.cat([q, k], 1), torch.cat([v, weights[at + "attn.proj.weight"].T], 1)
+        found[name] = {"qk": qk, "v": v}[kind] if kind != "heads" else _heads(block, qk, v)
+    return found
+
+
+def _heads(block, qk, v):
+    rows = []
+    for h in range(len(block.each_head)):
+        rows.append(torch.cat([t[head_index(block, n) == h].flatten() for n, t in (("qk", qk), ("v", v))]))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _embedding(weights):
+    """Rows of the layers that write a residual channel, columns of those that read it."""
+    writers = ("patch_embed.proj.weight", ".attn.proj.weight", ".mlp.fc2.weight")
+    parts = [w.flatten(1) for k, w in weights.items() if k.endswith(writers) and w.numel()]
+    parts += [w.T for k, w in weights.items() if k.endswith((".attn.qkv.weight", ".mlp.fc1.weight"))]
+    return torch.cat(parts, 1)

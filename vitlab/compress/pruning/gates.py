@@ -1,0 +1,155 @@
+"""Gates: a multiplier on every unit that can be pruned, trained or masked, kept apart from the plain model.
+
+"Channel selection" (Zhu et al. 2021, "Vision transformer pruning"; Liu et al. 2017, "Network slimming"). All
+gates multiply linearly into a weight, so a gated forward pass is the plain model's, run with
+multiplied weights; there is no second model and nothing is patched, and leaving the gates out of a
+pruned model exactly is possible.
+"""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.shape import KINDS, SlimConfig, check, head_index, sizes
+from vitlab.compress.pruning.slim import SlimViT, read, write
+from vitlab.train.loop import cross_entropy
+
+
+class GatedViT(nn.Module):
+    """A ViT whose q/k, value and MLP channels, heads, embedding channels and blocks have gates.
+
+    model: anything `as_slim` takes (it is copied). kinds: what has a trainable gate. Where the gates act:
+    "qk" (query/key channels): the product of query and key channel; "v": the value channel; "heads": the
+    head's output; "mlp": the hidden channel after the activation; "block": both branches with their biases;
+    "embed" (once a model): every LayerNorm's output; a gate of 0 also empties the residual channel.
+    `masks` of all kinds (1 = kept) multiply the gates; `mask(masks)` sets them.
+    """
+
+    def __init__(self, model, kinds=("qk", "v", "mlp"), masks=None):
+        super().__init__()
+        self.core = as_slim(model)
+        device = next(self.core.parameters()).device
+        config, self.kinds = self.core.config, tuple(kinds)
+        gates = sizes(config, kinds)
+        self.gates = nn.ParameterDict({_key(k): nn.Parameter(torch.ones(n, device=device)) for k, n in gates.items()})
+        every = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
+        for name, size in every.items():
+            self.register_buffer(f"mask_{_key(name)}", torch.ones(size, device=device))
+        for i, block in enumerate(config.blocks):
+            self.register_buffer(f"head_of_{i}", head_index(block, "v").to(device), persistent=False)
+        self.structures = tuple(every)
+        if masks:
+            self.mask(masks)
+        self.train(model.training)
+
+    @property
+    def config(self):
+        return self.core.config
+
+    def mask(self, masks):
+        """Set masks ({structure: 0/1 or bool tensor}); structures not named keep theirs."""
+        check(self.config, masks)
+        for name, mask in masks.items():
+            getattr(self, f"mask_{_key(name)}").copy_(mask)
+
+    def values(self):
+        """{structure: gate times mask}, flat tensors that carry the gates' gradients."""
+        found = {}
+        for name in self.structures:
+            mask = getattr(self, f"mask_{_key(name)}")
+            found[name] = self.gates[_key(name)] * mask if _key(name) in self.gates else mask
+        return found
+
+    def penalty(self):
+        """Sum of the absolute gates: the L1 penalty (0-d)."""
+        values = self.values()
+        return sum(values[name].abs().sum() for name in values if _key(name) in self.gates)
+
+    def folded(self):
+        """{parameter: weight with the gates multiplied in} of the parameters that gates touch."""
+        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.config.blocks))]
+        return fold(dict(self.core.named_parameters()), self.config, self.values(), heads)
+
+    def forward(self, images, intermediates=False):
+        return functional_call(self.core, self.folded(), (images, intermediates))
+
+
+def _key(structure):
+    return structure.replace(".", "_")  # names of parameters have no dots
+
+
+def fold(weights, config, gates, heads):
+    """Multiply gates ({structure: tensor}) into weights ({name: tensor}); the changed ones only.
+
+    heads: for each block, the head of every value channel.
+    """
+    new = {}
+
+    def scale(name, factor, axis):
+        if name in weights:
+            old = new.get(name, weights[name])
+            new[name] = old * factor.to(old.dtype).reshape([-1 if a == axis else 1 for a in range(old.ndim)])
+
+    for i, block in enumerate(config.blocks):
+        at, gate = f"blocks.{i}.", {kind: gates.get(f"blocks.{i}.{kind}") for kind in KINDS}
+        if gate["qk"] is not None:  # on the query alone: the product takes it once
+            rest = gate["qk"].new_ones(block.qk + block.v)
+            scale(at + "attn.qkv.weight", torch.cat([gate["qk"], rest]), 0)
+            scale(at + "attn.qkv.bias", torch.cat([gate["qk"], rest]), 0)
+        if gate["v"] is not None:
+            scale(at + "attn.proj.weight", gate["v"], 1)
+        if gate["heads"] is not None:
+            scale(at + "attn.proj.weight", gate["heads"][heads[i]], 1)
+        if gate["mlp"] is not None:
+            scale(at + "mlp.fc2.weight", gate["mlp"], 1)
+        if gate["block"] is not None:
+            for name in ("attn.proj", "mlp.fc2"):
+                # one factor for all rows
+                scale(f"{at}{name}.weight", gate["block"].expand(config.dim), 0)
+                scale(f"{at}{name}.bias", gate["block"].expand(config.dim), 0)
+    if "embed" in gates:
+        _fold_embedding(scale, weights, gates["embed"])
+    return new
+
+
+def _fold_embedding(scale, weights, gate):
+    live = (gate.detach() != 0).to(gate.dtype)
+    for name in weights:
+        owner = name.rpartition(".")[0]
+        if owner.rpartition(".")[2] in ("norm", "norm1", "norm2"):
+            scale(name, gate, 0)
+        elif name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+            scale(name, live, 2)
+        elif owner == "patch_embed.proj" or owner.endswith((".attn.proj", ".mlp.fc2")):
+            scale(name, live, 0)
+
+
+class L1(nn.Module):
+    """Objective: `base` + weight * sum of |gates| of the `GatedViT` that is trained.
+
+    Its gradient on a gate is the L1 subgradient, weight * sign(gate). base: cross-entropy or another
+    objective (its own parameters are trained along).
+    """
+
+    def __init__(self, weight=1e-4, base=cross_entropy):
+        super().__init__()
+        self.weight, self.base = weight, base
+
+    def forward(self, model, batch):
+        loss, logs = self.base(model, batch)
+        penalty = model.penalty()
+        return loss + self.weight * penalty, {**logs, "l1": penalty.detach()}
+
+
+def save_gated(model, path):
+    """Write a `GatedViT` (weights, gates, masks and configuration; no code) to a safetensors file."""
+    write(path, "gated", {"model": model.config, "kinds": model.kinds}, model.state_dict())
+
+
+def load_gated(path, device="cpu"):
+    """The GatedViT that `save_gated` wrote, in eval mode, float32."""
+    config, state = read(path, "gated")
+    model = GatedViT(SlimViT(SlimConfig(**config["model"])), config["kinds"])
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return model.eval().to(device)

@@ -1,0 +1,133 @@
+"""What other libraries do to the same model, so that ours stands beside them: torch-pruning and timm.task."""
+
+import copy
+import warnings
+
+import torch
+
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.shape import narrow
+from vitlab.metrics.predict import input_size
+from vitlab.train.loop import hits
+
+
+def torch_pruning(model, macs, *, multiple=8, step=0.02):
+    """The channels torch-pruning would keep of `model` within `macs`: masks for `structured.slim`.
+
+    Its `BasePruner` with group magnitude over all layers at once (Fang et al. 2023, "DepGraph"), on a copy of
+    the model's blocks in timm's ViT, which it supports; head dimensions and MLP channels may go. Cut out
+    by `slim` these masks give the library's own pruned model (the tests hold them against each other).
+    model: a plain ViT with heads of one width. The smallest ratio that meets `macs`, in steps of `step`,
+    is taken.
+    Raises ValueError where the smallest it makes is still too large.
+    """
+    full = as_slim(model)
+    if any(len(b.heads) != 1 or b.heads[0][1] != b.heads[0][2] for b in full.config.blocks):
+        raise ValueError("torch-pruning needs heads of equal width, the same for queries, keys and values")
+    smallest = full.config.macs()
+    for i in range(1, int(0.9 / step) + 1):  # not a bisection: a layer that would vanish stays whole there
+        masks = _chosen(full, i * step, multiple)
+        cost = narrow(full.config, masks).macs()
+        if cost <= macs:
+            return masks
+        smallest = min(smallest, cost)
+    raise ValueError(f"macs={macs:,}: torch-pruning's smallest model has {smallest:,}")
+
+
+def _chosen(full, ratio, multiple):
+    import torch_pruning as tp
+
+    copied = _timm(full)
+    stay = [copied.patch_embed.proj, copied.head, *(b.attn.proj for b in copied.blocks),
+            *(b.mlp.fc2 for b in copied.blocks)]  # fmt: skip
+    side, heads = full.config.image_size, {b.attn.qkv: b.attn.num_heads for b in copied.blocks}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters")
+        pruner = tp.pruner.BasePruner(
+            copied, torch.zeros(1, full.config.in_chans, side, side), pruning_ratio=ratio, global_pruning=True,
+            importance=tp.importance.GroupMagnitudeImportance(), ignored_layers=stay, num_heads=heads,
+            prune_num_heads=False, prune_head_dims=True, round_to=multiple,
+        )  # fmt: skip
+        return _masks(pruner, copied, full.config)
+
+
+def _masks(pruner, copied, config):
+    names = {module: name for name, module in copied.named_modules()}
+    masks = {}
+    for i, block in enumerate(config.blocks):
+        masks |= {f"blocks.{i}.qk": torch.ones(block.qk, dtype=torch.bool),
+                  f"blocks.{i}.v": torch.ones(block.v, dtype=torch.bool),
+                  f"blocks.{i}.mlp": torch.ones(block.hidden, dtype=torch.bool)}  # fmt: skip
+    for group in pruner.step(interactive=True):
+        for dependency, units in group:
+            name, outputs = names.get(dependency.target.module, ""), "out" in dependency.handler.__name__
+            if name.endswith("attn.qkv") and outputs:
+                gone = torch.zeros(dependency.target.module.out_features, dtype=torch.bool)
+                gone[units] = True
+                q, _, v = gone.chunk(3)
+                masks[name.replace("attn.qkv", "qk")] &= ~q
+                masks[name.replace("attn.qkv", "v")] &= ~v
+            elif name.endswith("mlp.fc1") and outputs:
+                masks[name.replace("mlp.fc1", "mlp")][units] = False
+        group.prune()
+    return masks
+
+
+def _timm(full):
+    """timm's ViT with the blocks of `full`, on the CPU; its head is a plain one and plays no part here."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    c = full.config
+    if c.mlp != "plain" or len({(b.heads, b.hidden) for b in c.blocks}) != 1:
+        raise ValueError("torch-pruning is compared on plain ViTs with equal blocks only")
+    made = VisionTransformer(
+        img_size=c.image_size, patch_size=c.patch_size, in_chans=c.in_chans, num_classes=c.num_classes,
+        embed_dim=c.dim, depth=len(c.blocks), num_heads=c.blocks[0].heads[0][0],
+        mlp_ratio=c.blocks[0].hidden / c.dim, qkv_bias=c.qkv_bias,
+    )  # fmt: skip
+    blocks = {k: v.cpu() for k, v in full.state_dict().items() if k.startswith("blocks.")}
+    found = made.load_state_dict(blocks, strict=False)
+    if found.unexpected_keys or any(k.startswith("blocks.") for k in found.missing_keys):
+        raise ValueError(f"timm's ViT does not have these blocks: {found}")
+    return made.eval()
+
+
+def timm_distillation(teacher, *, temperature=4.0, alpha=0.7):
+    """An objective for `fit` that is `timm.task.LogitDistillationTask`: its counterpart of `Distill`.
+
+    Loss: (1 - alpha) * cross-entropy + alpha * T^2 KL. Images are those of the data as they come; timm's
+    change of normalisation between student and teacher is off, as both read the same. ValueError: a
+    teacher that takes images of another size than the student.
+    """
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    tasks = {}
+
+    def objective(model, batch):
+        if input_size(teacher, batch.images.shape[-1]) != batch.images.shape[-1]:
+            raise ValueError("timm.task gives the teacher the student's images: both must be of one size")
+        if model not in tasks:
+            tasks.clear()
+            tasks[model] = _task(model, teacher, temperature, alpha)
+        found = tasks[model](batch.images, batch.targets)
+        logs = {"accuracy": hits(found["output"], batch), "ce": found["task_loss"].detach(),
+                "kd": found["kd_loss"].detach()}  # fmt: skip
+        return found["loss"], logs
+
+    return objective
+
+
+def _task(model, teacher, temperature, alpha):
+    from timm.task import LogitDistillationTask
+    from timm.task.distillation import DistillationTeacher
+
+    device = next(teacher.parameters()).device
+    held = DistillationTeacher(teacher, device=device)
+    plain = getattr(model, "_orig_mod", model)
+    plain.pretrained_cfg = {n: getattr(held, f"{n}_kd").flatten().tolist() for n in ("mean", "std")}
+    return LogitDistillationTask(
+        model, held, criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=1 - alpha, temperature=temperature,
+        device=device, verbose=False,
+    )  # fmt: skip
+
+
+__all__ = ["timm_distillation", "torch_pruning"]

@@ -1,0 +1,156 @@
+"""Exact structured pruning of Vision Transformers.
+
+    scores = score(model, "taylor", data=calibration(data))
+    masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs())
+    small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
+
+or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`; or
+bit by bit with recovery, `prune_and_recover`. `save`/`load` keep any result with its configuration.
+"""
+
+import copy
+
+import torch
+
+from vitlab.compress.pruning.budget import BudgetImpossible, select
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.criteria import CRITERIA, calibration, score
+from vitlab.compress.pruning.gates import L1, GatedViT, load_gated, save_gated
+from vitlab.compress.pruning.latency import LatencyTable, timed
+from vitlab.compress.pruning.shape import KINDS, SlimBlock, SlimConfig, kept, narrow, sizes
+from vitlab.compress.pruning.slim import SlimViT, load, save
+from vitlab.train.loop import cross_entropy, fit
+
+
+def shape_of(model):
+    """The `SlimConfig` of a model: its widths, `.macs()` and `.parameters()`."""
+    return model.config if isinstance(model, (SlimViT, GatedViT)) else as_slim(model).config
+
+
+def masked(model, masks):
+    """A `GatedViT` of full size in which what `masks` leaves out is multiplied by zero; no trainable gates.
+
+    Of a GatedViT: a copy with its gates.
+    """
+    if not isinstance(model, GatedViT):
+        return GatedViT(model, kinds=(), masks=masks)
+    gated = copy.deepcopy(model)
+    gated.mask(masks)
+    return gated
+
+
+@torch.no_grad()
+def slim(model, masks=None, norm="all"):
+    """The plain, physically smaller `SlimViT` that equals `masked(model, masks)`.
+
+    model: anything `as_slim` takes, or a `GatedViT`, whose gates are multiplied into the weights (and whose
+    masks and zero gates are left out as well). masks: {structure: tensor, non-zero = kept}.
+    norm: "all": LayerNorms count removed embedding channels as the zeros they are in the masked model;
+    "kept": plain LayerNorms over the channels that are left, faster, not equal once the embedding is pruned.
+    """
+    gated = masked(model, masks or {})
+    core, values = gated.core, {k: v.detach() for k, v in gated.values().items()}
+    state = core.state_dict() | gated.folded()
+    config = narrow(core.config, values, norm)
+    small = SlimViT(config).to(next(core.parameters()).device, next(core.parameters()).dtype)
+    small.load_state_dict(_sliced(state, core.config, values))
+    return small.train(model.training)
+
+
+def _sliced(state, config, masks):
+    """The rows and columns of the weights that are left under `masks`."""
+    blocks, embed = kept(config, masks)
+    embed = embed.to(state["norm.weight"].device)
+    new = {}
+    for name, w in state.items():
+        if name.startswith("blocks."):
+            continue
+        if name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+            new[name] = w[..., embed]
+        elif name.startswith(("norm.", "patch_embed.proj.")):
+            new[name] = w[embed]
+        elif name in ("head.weight", "head_dist.weight", "head.0.weight", "head_dist.0.weight"):
+            new[name] = w[:, embed]
+        else:
+            new[name] = w
+    for j, (i, heads, hidden) in enumerate(blocks):
+        part = {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
+        new |= {f"blocks.{j}.{k}": v for k, v in _block(part, config.blocks[i], heads, hidden, embed).items()}
+    return new
+
+
+def _block(state, block, heads, hidden, embed):
+    device = embed.device
+    empty = torch.zeros(0, dtype=torch.long)
+    qk = torch.cat([qk for qk, _ in heads] or [empty]).to(device)
+    v = torch.cat([v for _, v in heads] or [empty]).to(device)
+    rows, hidden = torch.cat([qk, block.qk + qk, 2 * block.qk + v]), hidden.to(device)
+    cut = {
+        "norm1.weight": lambda w: w[embed], "norm1.bias": lambda w: w[embed],
+        "attn.qkv.weight": lambda w: w[rows][:, embed], "attn.qkv.bias": lambda w: w[rows],
+        "attn.proj.weight": lambda w: w[embed][:, v], "attn.proj.bias": lambda w: w[embed],
+        "ls1.gamma": lambda w: w[embed], "ls2.gamma": lambda w: w[embed],
+        "norm2.weight": lambda w: w[embed], "norm2.bias": lambda w: w[embed],
+        "mlp.fc1.weight": lambda w: w[hidden][:, embed], "mlp.fc1.bias": lambda w: w[hidden],
+        "mlp.conv.weight": lambda w: w[hidden], "mlp.conv.bias": lambda w: w[hidden],
+        "mlp.fc2.weight": lambda w: w[embed][:, hidden], "mlp.fc2.bias": lambda w: w[embed],
+    }  # fmt: skip
+    new = {k: cut[k](w) if k in cut else w for k, w in state.items()}  # QK-norms stay as they are
+    gone = [] if heads else ["norm1", "attn.qkv", "attn.q_norm", "attn.k_norm"]
+    gone += [] if len(hidden) else ["norm2", "mlp.fc1", "mlp.conv"]
+    return {k: w for k, w in new.items() if k.rpartition(".")[0] not in gone}
+
+
+def prune(model, *, criterion="taylor", kinds=("qk", "v", "mlp"), data=None, seed=0, norm="all", **budget):
+    """Score, select and cut in one call: (SlimViT, masks). budget: options of `budget.select`."""
+    scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
+    masks = select(shape_of(model), scores, **budget)
+    return slim(model, masks, norm), masks
+
+
+def prune_and_recover(
+    model,
+    data,
+    recipe,
+    *,
+    macs,
+    rounds=4,
+    criterion="taylor",
+    kinds=("qk", "v", "mlp"),
+    objective=cross_entropy,
+    images=256,
+    checkpoint=None,
+    norm="all",
+    log=print,
+    **options,
+):
+    """Prune a little, train, repeat, down to `macs` multiply-accumulates an image: (SlimViT, [row a round]).
+
+    The budget falls by equal factors. Every round trains the physically smaller model with `recipe`
+    (its epochs are per round). checkpoint: a path without suffix; each round resumes from its own file.
+    options: further ones of `budget.select`. A row: round, macs, parameters, history.
+    """
+    start, rows = shape_of(model).macs(), []
+    if rounds < 1 or not 0 < macs < start:
+        raise ValueError(f"rounds={rounds}, macs={macs:,}: at least one round and fewer than {start:,} are needed")
+    for i in range(rounds):
+        target = int(start * (macs / start) ** ((i + 1) / rounds))
+        batches = None
+        if criterion in ("taylor", "fisher", "similarity"):
+            batches = calibration(data, images, seed=recipe.seed + i, size=shape_of(model).image_size)
+        model, _ = prune(
+            model, criterion=criterion, kinds=kinds, data=batches, seed=recipe.seed + i, macs=target,
+            norm=norm, **options,
+        )  # fmt: skip
+        path = f"{checkpoint}-round{i + 1}.safetensors" if checkpoint else None
+        history = fit(model, data, recipe, objective=objective, checkpoint=path, log=log, name=f"round {i + 1}")
+        shape = model.config
+        rows.append({"round": i + 1, "macs": shape.macs(), "parameters": shape.parameters(), "history": history})
+    return model, rows
+
+
+__all__ = [
+    "CRITERIA", "KINDS", "L1", "BudgetImpossible", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig", "SlimViT",
+    "as_slim", "calibration", "kept", "load", "load_gated", "masked", "narrow", "prune", "prune_and_recover", "save",
+    "save_gated", "score", "select", "shape_of", "sizes", "slim", "timed",
+]  # fmt: skip

@@ -1,0 +1,251 @@
+"""Token reduction that changes: with the epoch, with the validation curve, and from image to image.
+
+The hooks are for `fit(on_epoch=...)`; their state is plain data. `AdaptiveViT` chooses one of a few fixed
+configurations by what the first blocks show, so that each is compiled once.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitlab.compress.tokens.reducer import Reducer
+from vitlab.compress.tokens.scores import entropy
+
+
+class PruneFrom:
+    """Switch a `TokenViT` to its reduction at epoch `start` (from 0): the plain model is trained until then.
+
+    ramp: epochs over which r_max rises linearly to its full value (0: at once).
+    """
+
+    def __init__(self, start, ramp=0):
+        if start < 0 or ramp < 0:
+            raise ValueError(f"start={start}, ramp={ramp}: epochs of at least 0 are needed")
+        self.start, self.ramp, self.full = start, ramp, None
+
+    def __call__(self, epoch, model, history):
+        model.active = epoch >= self.start
+        if self.ramp:
+            if model.token_config.counts is not None:
+                raise ValueError("ramp needs a schedule of r_max and alpha, not outright counts")
+            self.full = model.token_config.r_max if self.full is None else self.full
+            part = min(1.0, max(0, epoch - self.start + 1) / self.ramp)
+            model.reduce_by(r_max=self.full * part)
+
+    def state_dict(self):
+        return {"full": self.full}
+
+    def load_state_dict(self, state):
+        self.full = state["full"]
+
+
+class SlopeSchedule:
+    """Remove more while validation still rises, less when it falls.
+
+    Each epoch from `start` on, the slope of the last `window` validation accuracies (points an epoch, least
+    squares) decides: above `rise`, r_max grows by `step` up to `r_max`; below `fall`, it shrinks by it.
+    """
+
+    def __init__(self, r_max=0.6, start=1, step=0.1, window=3, rise=0.2, fall=-0.2):
+        if not 0 < step <= 1 or not 0 <= r_max < 1 or window < 2 or fall > rise:
+            raise ValueError(
+                f"r_max={r_max}, step={step}, window={window}, rise={rise}, fall={fall}: r_max in [0, 1), step "
+                "in (0, 1], at least 2 epochs and fall <= rise are needed"
+            )
+        self.r_max, self.start, self.step, self.window = r_max, start, step, window
+        self.rise, self.fall, self.now = rise, fall, 0.0
+
+    def __call__(self, epoch, model, history):
+        curve = [v for v in history["val_accuracy"] if v is not None][-self.window :]
+        if epoch >= self.start and len(curve) > 1:
+            change = slope(curve)
+            self.now += self.step * ((change > self.rise) - (change < self.fall))
+            self.now = min(max(self.now, 0.0), self.r_max)
+        model.active = self.now > 0
+        model.reduce_by(r_max=self.now, counts=None)
+
+    def state_dict(self):
+        return {"now": self.now}
+
+    def load_state_dict(self, state):
+        self.now = state["now"]
+
+
+def slope(values):
+    """Least-squares slope of equally spaced values, per step."""
+    middle = (len(values) - 1) / 2
+    mean = sum(values) / len(values)
+    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(
+        (i - middle) ** 2 for i in range(len(values))
+    )
+
+
+class AdaptiveViT(nn.Module):
+    """A TokenViT whose reduction hangs on the image: one of `levels`, from gentle to strong.
+
+    levels: TokenConfigs that leave the first `look` blocks alone. The choice is made after those blocks, by the
+    entropy of the attention that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an
+    image with entropy below thresholds[i - 1] (which must fall), or by a `Controller` if one is given.
+    per: "image": each image by itself: its batch-mates do not matter; images of one level run together
+    (the device is asked once a batch how many there are). "batch": one level for all by their mean entropy,
+    as published; for training only, since then a prediction does hang on its batch-mates: eval mode
+    goes by image whatever `per` says.
+    """
+
+    def __init__(self, model, levels, thresholds=(), *, look=1, controller=None, per="image"):
+        super().__init__()
+        if per not in ("image", "batch"):
+            raise ValueError(f"per={per!r}: choose one of image, batch")
+        if not 1 <= look < model.anatomy.depth:
+            raise ValueError(f"look={look}: between 1 and {model.anatomy.depth - 1} blocks come before the choice")
+        if controller is None and (len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]):
+            raise ValueError(f"thresholds={thresholds}: {len(levels) - 1} falling numbers are needed")
+        self.model, self.controller, self.look, self.per = model, controller, look, per
+        self.thresholds = tuple(thresholds)
+        self.reducers = [Reducer(model.anatomy, level, model.counts_of(level)) for level in levels]
+        whole = model.anatomy.prefix + model.anatomy.patches
+        for level in self.reducers:
+            if level.counts[look - 1] < whole:
+                raise ValueError(f"a level removes tokens before the choice: protect the first {look} blocks")
+        self.used = [0] * len(levels)  # images seen at each level, in eval mode
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def gaze(self, images):
+        """(entropy B, features B F, the sequence after the first `look` blocks)."""
+        reducer = self.reducers[-1]
+        state = reducer.start(images, record=True)
+        for layer in range(self.look - 1):
+            state = reducer.block(layer, state)
+        view = reducer.view(self.look - 1, state)
+        state = reducer.block(self.look - 1, state)
+        return entropy(view), features(view), state
+
+    def level(self, images):
+        """Level of each image, int64 B, and the sequence so far."""
+        sharpness, seen, state = self.gaze(images)
+        if self.controller is not None:
+            return self.controller(seen).argmax(1), state
+        bounds = torch.tensor(self.thresholds, device=images.device)
+        if self.training and self.per == "batch":
+            sharpness = sharpness.mean().expand_as(sharpness)
+        return (sharpness[:, None] < bounds).sum(1), state
+
+    def forward(self, images):
+        """images B C H W -> logits B K."""
+        chosen, state = self.level(images)
+        sizes = torch.bincount(chosen, minlength=len(self.reducers)).tolist()
+        order, parts = chosen.argsort(stable=True).split(sizes), []
+        for reducer, rows in zip(self.reducers, order):
+            if len(rows):
+                parts.append(reducer.finish(_rows(state, rows), self.look))
+        if not self.training:
+            self.used = [a + b for a, b in zip(self.used, sizes)]
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def _rows(state, rows):
+    """The sequence of some images."""
+    pick = {k: None if v is None else v[rows] for k, v in vars(state).items()}
+    return type(state)(**pick)
+
+
+def features(view):
+    """What a controller sees of an image, B 5: entropy, largest share, shares of the top tenth and half of the
+    patches in the attention that the head reads, and the mean similarity of the patches' keys."""
+    given = view.given().mean(1)
+    given = (given / given.sum(-1, keepdim=True)).sort(dim=1, descending=True).values
+    tenth, half = (max(1, given.shape[1] // part) for part in (10, 2))
+    keys = view.patch_keys().float()
+    alike = keys.mean(1).square().sum(1)
+    even = [entropy(view), given[:, 0], given[:, :tenth].sum(1), given[:, :half].sum(1), alike]
+    return torch.stack(even, dim=1)
+
+
+class Controller(nn.Module):
+    """Two small layers from `features` (standardised) to one logit a level."""
+
+    def __init__(self, levels, hidden=16):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("scale", torch.ones(5))
+        self.layers = nn.Sequential(nn.Linear(5, hidden), nn.GELU(), nn.Linear(hidden, levels))
+
+    def forward(self, seen):
+        return self.layers((seen - self.mean) / self.scale)
+
+
+def fit_controller(adaptive, images, labels, *, price=None, share=None, epochs=200, lr=0.02, seed=0, batch=256):
+    """Train a Controller for `adaptive` (in place) on calibration images; the ViT stays as it is.
+
+    Every level is run once on every image. The controller then minimises, over its own choice p of level,
+    the expected loss sum_l p_l (cross-entropy_l + price * tokens_l / tokens_plain), exactly and without sampling;
+    a higher `price` gives fewer tokens. Give the price, or with `share` the mean of tokens_l / tokens_plain to come
+    out at (its price is then found by bisection). images: normalised, B C H W. Returns (controller, {"loss", "price",
+    "tokens": the mean share that came out, "share" of images at each level}).
+    """
+    if (price is None) == (share is None):
+        raise ValueError(f"price={price}, share={share}: give one of them")
+    if price is not None and (price < 0 or not math.isfinite(price)):
+        raise ValueError(f"price={price}: a finite number of at least 0 is needed")
+    table, seen = _table(adaptive, images, labels, batch)
+    whole = adaptive.model.anatomy.prefix + adaptive.model.anatomy.patches
+    shares = [sum(reducer.counts) / (len(reducer.counts) * whole) for reducer in adaptive.reducers]
+    shares = torch.tensor(shares, device=table.device)
+
+    def fit(price):
+        return _fitted(table, seen, shares, price, epochs, lr, seed)
+
+    if price is not None:
+        found = fit(price)
+    else:
+        if not shares.min() <= share <= shares.max():
+            raise ValueError(f"share={share}: the levels leave between {shares.min():.3f} and {shares.max():.3f}")
+        low, high, found = 1e-4, 1e2, None  # of cross-entropy for all tokens
+        for _ in range(14):
+            middle = math.sqrt(low * high)
+            tried = fit(middle)
+            low, high = (middle, high) if tried[1]["tokens"] > share else (low, middle)
+            if found is None or abs(tried[1]["tokens"] - share) < abs(found[1]["tokens"] - share):
+                found = tried
+    adaptive.controller = found[0]
+    return found
+
+
+def _fitted(table, seen, shares, price, epochs, lr, seed):
+    """A controller for the losses `table` (B levels) at one price, and what came of it."""
+    cost = table + price * shares
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        controller = Controller(len(shares)).to(table.device)
+    controller.mean.copy_(seen.mean(0))
+    controller.scale.copy_(seen.std(0).clamp_min(1e-6))
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=lr, weight_decay=0.01)
+    with torch.enable_grad():
+        for _ in range(epochs):
+            loss = (controller(seen).softmax(1) * cost).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        chosen = torch.bincount(controller(seen).argmax(1), minlength=len(shares)) / len(seen)
+    return controller.eval(), {"loss": loss.item(), "price": price, "tokens": (chosen * shares).sum().item(),
+                               "share": chosen.tolist()}  # fmt: skip
+
+
+@torch.no_grad()
+def _table(adaptive, images, labels, batch):
+    """Cross-entropy of every image at every level, B levels, and the features, B 5."""
+    modes, rows, seen = adaptive.training, [], []
+    adaptive.eval()
+    for part, target in zip(images.split(batch), labels.split(batch)):
+        _, found, state = adaptive.gaze(part)
+        outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]
+        rows.append(torch.stack([F.cross_entropy(o.float(), target, reduction="none") for o in outs], dim=1))
+        seen.append(found)
+    adaptive.train(modes)
+    return torch.cat(rows), torch.cat(seen)

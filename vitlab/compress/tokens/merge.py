@@ -1,0 +1,227 @@
+"""What becomes of the tokens that are removed: dropped, fused into one, or merged into one that stays.
+
+An action turns scores and keys into `Plan`s; a plan maps B N D tokens to B K D ones, for each image its own
+way, with static shapes and without a look at the data from the host, so that it compiles and is captured in
+a CUDA graph.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vitlab.compress.tokens.schedule import bipartite_rounds
+
+ACTIONS = ("drop", "fuse", "merge", "nearest", "edge", "ward")
+MERGES = ("merge", "nearest", "edge", "ward")
+METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
+
+
+def flat(index, n):
+    """Rows `index` (B K) of B sequences of `n` tokens, as rows of the B n tokens one after the other: (B K)."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * n).flatten()
+
+
+def take(x, index):
+    """Rows `index` (B K) of x (B N or B N D)."""
+    # many times quicker than gather over an index expanded to B K D: whole rows are copied
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def add_rows(base, index, source):
+    """base (B K or B K D) with `source` (B R (D)) added to its rows `index` (B R)."""
+    added = base.flatten(0, 1).index_add(0, flat(index, base.shape[1]), source.flatten(0, 1))
+    return added.unflatten(0, base.shape[:2])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens stay and where the others go.
+
+    stay: B S, rows of the input that stay, prefix first. gone: B R, the others. target: B R, the output row
+    each of them joins, or None if they are dropped. mass: B N, what each token counts in the mean of its row
+    (None: all the same). fused: the output has one more row, at its end, made of the gone ones alone.
+    lengths: a joined row keeps the mean length of its tokens; a plain mean of vectors that point in different
+    directions is shorter than they are (Kim et al. 2024, "Token fusion").
+    """
+
+    stay: torch.Tensor
+    gone: torch.Tensor
+    target: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+    fused: bool = False
+    lengths: bool = False
+
+    def __call__(self, x):
+        """B N D -> B K D: the mean of each row's tokens."""
+        return self.join(x)[0]
+
+    def join(self, x):
+        """B N D -> (B K D: the mean of each row's tokens, mass B K of each row or None if they are dropped).
+
+        Each token is scaled by its share of its row before it is added, so most are touched once only.
+        """
+        if self.target is None:
+            return take(x, self.stay), None
+        n, k = self.shape[1], self.rows
+        stay, gone, target = flat(self.stay, n), flat(self.gone, n), flat(self.target, k)
+
+        def added(kept, joining):
+            kept = kept.unflatten(0, self.stay.shape)
+            if self.fused:
+                kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
+            return kept.flatten(0, 1).index_add(0, target, joining)
+
+        x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))
+        mass = x.new_ones(self.shape, dtype=torch.float32) if self.mass is None else self.mass
+        mass_stay, mass_gone = (mass.flatten().index_select(0, rows) for rows in (stay, gone))
+        total = added(mass_stay, mass_gone)
+        share = mass_stay / total.unflatten(0, (-1, k))[:, : self.stay.shape[1]].flatten()
+        gone_share = mass_gone / total.index_select(0, target)
+        mean = added(x_stay * share[:, None], x_gone * gone_share[:, None])
+        if self.lengths:
+            length = added(_length(x_stay) * share, _length(x_gone) * gone_share)
+            mean = mean * (length / _length(mean).clamp_min(1e-6))[:, None]
+        return mean.to(x.dtype).unflatten(0, (-1, k)), total.unflatten(0, (-1, k))
+
+    @property
+    def shape(self):
+        """(B, N) of the input."""
+        return len(self.stay), self.stay.shape[1] + self.gone.shape[1]
+
+    def total(self, x):
+        """B N -> B K: the sum over each row's tokens (sizes)."""
+        return take(x, self.stay) if self.target is None else self._sum(x)
+
+    def _sum(self, x):
+        base = take(x, self.stay)
+        if self.fused:
+            base = torch.cat([base, torch.zeros_like(x[:, :1])], dim=1)
+        return add_rows(base, self.target, take(x, self.gone))
+
+    @property
+    def rows(self):
+        """Tokens in the output."""
+        return self.stay.shape[1] + self.fused
+
+    def source(self, tokens):
+        """B (tokens + 1): the output row of each input row; `rows` for a dropped one and the last entry."""
+        b = len(self.stay)
+        found = self.stay.new_full((b, tokens + 1), self.rows)
+        order = torch.arange(self.stay.shape[1], device=found.device).expand(b, -1)
+        found = found.scatter(1, self.stay, order)
+        return found if self.target is None else found.scatter(1, self.gone, self.target)
+
+    def positions(self, positions):
+        """Original patch of each output patch; -1 for the fused one. positions: B N with the prefix rows."""
+        kept = take(positions, self.stay)
+        return torch.cat([kept, torch.full_like(kept[:, :1], -1)], dim=1) if self.fused else kept
+
+
+def _length(x):
+    """Length of each token, B N, in at least float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def split_by(score, keep, prefix):
+    """(stay, gone): the prefix and the `keep` best patches, and the others; rows of the whole sequence."""
+    ranked = score.topk(score.shape[1], dim=1).indices + prefix
+    # in order of position: topk's own order is not the same everywhere, and matching goes by order
+    return with_prefix(ranked[:, :keep].sort(dim=1).values, prefix), ranked[:, keep:]
+
+
+def with_prefix(rows, prefix):
+    """The rows of the prefix tokens before `rows` (B K)."""
+    if not prefix:
+        return rows
+    first = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
+    return torch.cat([first, rows], dim=1)
+
+
+def drop(score, keep, prefix):
+    """Forget the lowest-scored patches: B P -> a plan with `keep` of them."""
+    return Plan(*split_by(score, keep, prefix))
+
+
+def fuse(score, keep, prefix):
+    """EViT (Liang et al. 2022, eq. 3): the lowest-scored become one token, their mean weighted by score.
+
+    The fused token is one of the `keep`.
+    """
+    stay, gone = split_by(score, keep - 1, prefix)
+    b, tokens = len(score), prefix + score.shape[1]
+    # relative to their mean, so that a sharp gaze does not leave sums near zero
+    share = take(score, gone - prefix).clamp_min(1e-12)
+    share = share / share.mean(1, keepdim=True)
+    mass = torch.ones(b, tokens, device=score.device, dtype=share.dtype).scatter(1, gone, share)
+    return Plan(stay, gone, torch.full_like(gone, stay.shape[1]), mass, fused=True)
+
+
+def nearest(score, keys, keep, prefix, size):
+    """Each of the lowest-scored patches joins the kept patch with the most similar key (cosine).
+
+    keys: unit keys B P d.
+    """
+    stay, gone = split_by(score, keep, prefix)
+    cosine = take(keys, gone - prefix) @ take(keys, stay[:, prefix:] - prefix).transpose(1, 2)
+    return Plan(stay, gone, cosine.argmax(-1) + prefix, size)
+
+
+def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False):
+    """One round of bipartite soft matching (ToMe, Bolya et al. 2023, section 3), with priced edges.
+
+    Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
+    destination; the `merged` cheapest edges are taken. With `power` 0 an edge costs 1 - cosine, as in ToMe.
+    With importance it costs (1 - cosine) * importance ** power: a large power merges the least important first
+    wherever they fit. With `ward` it costs (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a
+    and b patches: power 1 is Ward's criterion (1963), the growth of the variance within the clusters, so that
+    what already stands for much is not merged further for little. keys: unit vectors B P d; importance: B P,
+    positive, or None; size: B N or None (all 1).
+    """
+    b, patches, _ = keys.shape
+    # destinations are the even patches, so that there are never fewer of them than sources
+    cosine = keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)  # B sources destinations
+    if ward and power and size is not None:
+        one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
+        best, partner = ((cosine.float() - 1) * (2 * one * other / (one + other)) ** power).max(-1)
+    else:
+        best, partner = cosine.float().max(-1)
+    if importance is None or power == 0:
+        order = best
+    else:
+        relative = importance[:, 1::2] / importance.mean(1, keepdim=True)
+        order = -(1 - best) * relative.clamp_min(1e-12) ** power
+    sources = order.shape[1]
+    ranked = order.topk(sources, dim=1).indices
+    chosen, unmerged = ranked[:, :merged], ranked[:, merged:].sort(dim=1).values
+    even = torch.arange(prefix, prefix + patches, 2, device=keys.device).expand(b, -1)
+    stay = with_prefix(torch.cat([unmerged * 2 + (1 + prefix), even], dim=1), prefix)
+    target = torch.gather(partner, 1, chosen) + (prefix + sources - merged)
+    return Plan(stay, chosen * 2 + (1 + prefix), target, size)
+
+
+def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, lengths=False):
+    """The plans, in order, that bring the patches down to `keep`: one, or several bipartite rounds.
+
+    score: B P (None for "merge", "ward"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
+    """
+    if action == "drop":
+        return [drop(score, keep, prefix)]
+    if action == "fuse":
+        return [fuse(score, keep, prefix)]
+    if action == "nearest":
+        return [replace(nearest(score, keys, keep, prefix, size), lengths=lengths)]
+    found, ward = [], action == "ward"
+    importance = score if action == "edge" else None
+    for _, _, merged in bipartite_rounds(keys.shape[1], keep):
+        plan = bipartite(keys, merged, prefix, size, importance, power, ward)
+        found.append(plan)
+        if plan.rows == prefix + keep:
+            break
+        # the next round sees the merged tokens: their mean key, their importance and size summed
+        padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
+        keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
+        if importance is not None:
+            padded = torch.cat([importance.new_zeros(len(keys), prefix), importance], dim=1)
+            importance = plan.total(padded)[:, prefix:]
+        size = plan.total(keys.new_ones(plan.shape, dtype=torch.float32) if size is None else size)
+    return [replace(plan, lengths=lengths) for plan in found]

@@ -1,0 +1,209 @@
+"""Token reduction for any ViT: `keep(model, ...)` runs a given model on fewer and fewer tokens.
+
+Which tokens go is decided for each image by itself, their number per block is fixed (`schedule`), so that a
+prediction never depends on its batch-mates and the model compiles, exports and is captured in a CUDA graph.
+"""
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitlab.compress.tokens.adapter import anatomy
+from vitlab.compress.tokens.merge import ACTIONS, METRICS
+from vitlab.compress.tokens.reducer import Reducer
+from vitlab.compress.tokens.schedule import RULES, check_counts, schedule
+from vitlab.compress.tokens.schedule import macs as closed_form
+from vitlab.compress.tokens.scores import SCORES, SIGNED
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig:
+    """How tokens are reduced, as plain data.
+
+    r_max, alpha, minimum, protect: of `schedule`; or `counts`, the tokens after each block, outright.
+    score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
+    is the attention received). ema: weight of the past in the "-ema" scores.
+    action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
+    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward" (pairs that
+    are alike in the block's normalised input, at a price that grows with their sizes, lengths kept: the study's
+    own, held against ToMe in notebook 05). late: block (from 0, negative from the end) from which on tokens
+    are dropped instead: merge early, drop late.
+    metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
+    lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
+    rule: where a count acts, see `schedule`. proportional: log-size bias in attention; None: for merges.
+    lean: the last block computes only what the head reads (same output).
+    seed: of the random control.
+    """
+
+    r_max: float = 0.6
+    alpha: float = 2.0
+    score: str = "cls"
+    action: str = "drop"
+    rule: str = "exact"
+    counts: tuple | None = None
+    minimum: int = 1
+    protect: tuple = ()
+    proportional: bool | None = None
+    power: float = 0.5
+    metric: str | None = None
+    lengths: bool | None = None
+    late: int | None = None
+    ema: float = 0.5
+    lean: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "protect", tuple(self.protect))
+        if self.counts is not None:
+            object.__setattr__(self, "counts", tuple(int(c) for c in self.counts))
+        for name, allowed in {"score": SCORES, "action": ACTIONS, "rule": RULES, "metric": (None, *METRICS)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
+        if self.action in ("fuse", "edge") and self.score in SIGNED:
+            raise ValueError(f"action={self.action!r} weighs tokens by score; {self.score!r} is not positive")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: a number in [0, 1) is needed")
+        if self.power < 0:
+            raise ValueError(f"power={self.power}: a number of at least 0 is needed")
+
+
+class TokenViT(nn.Module):
+    """A ViT on fewer tokens. It shares parameters, buffers and submodules, under their names, with `plain`.
+
+    tokens: counts after each block. active: False runs the plain model. After a forward pass with
+    `intermediates=True` or inside `recording()`: kept, per block B x patches-left original positions
+    (row-major from 0; -1 for a fused token), and owners, per block B x n: the row of `kept` that each
+    original patch is in (the number of rows: dropped).
+    """
+
+    def __init__(self, model, config):
+        super().__init__()
+        if isinstance(model, TokenViT):
+            model = model.plain
+        self.anatomy = anatomy(model)
+        # the very same dictionaries: names, devices and dtypes stay common whoever changes them
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self.active, self.kept, self.owners, self._record = True, None, None, False
+        self.training = model.training
+        self.reduce_by(config)
+
+    @property
+    def plain(self):
+        """The model inside, without reduction."""
+        return self.anatomy.model
+
+    @property
+    def config(self):
+        """The configuration of the model inside (None for timm's)."""
+        return getattr(self.plain, "config", None)
+
+    @property
+    def tokens(self):
+        """Tokens after each block, prefix tokens counted."""
+        return self.reducer.counts
+
+    def counts_of(self, config):
+        """The tokens after each block that `config` gives for this model."""
+        parts = self.anatomy
+        n = parts.prefix + parts.patches
+        counts = config.counts
+        if counts is None:
+            counts = schedule(n, parts.depth, config.r_max, config.alpha, config.rule, prefix=parts.prefix,
+                              minimum=config.minimum, protect=config.protect)  # fmt: skip
+        return check_counts(counts, n, parts.depth, parts.prefix)
+
+    def reduce_by(self, config=None, **changes):
+        """Take another configuration from now on, or change the present one (counts=..., r_max=...).
+
+        A compiled model is compiled again for it. Dynamo stops after eight versions of one function, whichever
+        model they are of, and runs eagerly from then on: call `torch.compiler.reset()` between arms.
+        """
+        config = dataclasses.replace(config or self.token_config, **changes)
+        self.reducer, self.token_config = Reducer(self.anatomy, config, self.counts_of(config)), config
+        return self
+
+    def train(self, mode=True):
+        self.plain.training = mode
+        return super().train(mode)
+
+    def forward(self, images, intermediates=False):
+        """images B C H W -> logits B K; with `intermediates=True` also {"tokens": [B N D a block], "size":
+        [B N a block, or None], "kept" and "owners": see the class}."""
+        if self.plain.training != self.training:  # set on the modules one by one, not by train()
+            self.plain.training = self.training
+        if not self.active:
+            return self.plain(images, intermediates=True) if intermediates else self.plain(images)
+        seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates or self._record else None
+        logits = self.reducer(images, seen)
+        if seen is not None:
+            self.kept, self.owners = seen["kept"], seen["owners"]
+        return (logits, seen) if intermediates else logits
+
+    @contextlib.contextmanager
+    def recording(self):
+        """Inside, every forward pass leaves `kept` and `owners`; meant for eager runs, not compiled ones."""
+        self._record = True
+        try:
+            yield self
+        finally:
+            self._record = False
+
+    def macs(self):
+        """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.block_macs`."""
+        return closed_form(self)
+
+
+def keep(model, config=None, **options):
+    """`model` on fewer tokens: a `TokenViT` around our ViT or SlimViT or a timm VisionTransformer, sharing its weights.
+
+    config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
+    change `config` if both are given. State dict, training and eval are those of `model`. ValueError names
+    what the model has that is not handled, or the option that is wrong.
+
+        small = keep(model, r_max=0.6, alpha=1.5, action="merge")
+        logits = small(images); small.tokens; small.macs()
+    """
+    config = dataclasses.replace(config, **options) if config else TokenConfig(**options)
+    return TokenViT(model, config)
+
+
+def save(model, path):
+    """Write a TokenViT's weights with both configurations to one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    from vitlab.utils.files import atomic, plain
+
+    meta = {"format": "vitlab-tokens-1", "tokens": json.dumps(plain(model.token_config))}
+    if model.config is not None:
+        meta |= {"config": json.dumps(plain(model.config)), "model": type(model.plain).__name__}
+    with atomic(path) as part:
+        save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
+
+
+def load(path, model=None, device="cpu"):
+    """The TokenViT that `save` wrote, in eval mode. One around a timm model wants such a `model` to fill."""
+    from safetensors import safe_open
+
+    from vitlab.compress.pruning.shape import SlimConfig
+    from vitlab.compress.pruning.slim import SlimViT
+    from vitlab.models.vit import ViT, ViTConfig
+
+    with safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        if meta.get("format") != "vitlab-tokens-1":
+            raise ValueError(f"{path} was not written by vitlab.compress.tokens.save (its metadata: {meta})")
+        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    if model is None and "config" not in meta:
+        raise ValueError(f"{path} holds a timm model's weights: pass such a model to load them into")
+    if model is None:
+        slim = meta.get("model") == "SlimViT"
+        build, shape = (SlimViT, SlimConfig) if slim else (ViT, ViTConfig)
+        model = build(shape(**json.loads(meta["config"])))
+    model.load_state_dict(state)
+    return keep(model, TokenConfig(**json.loads(meta["tokens"]))).eval().to(device)
+
+
+__all__ = ["TokenConfig", "TokenViT", "keep", "load", "save", "schedule"]

@@ -1,0 +1,178 @@
+"""How much each patch token matters, read off the block that runs anyway.
+
+Every score takes a `View` of one block and gives B P, the higher the more it is worth keeping. Only
+"received", "entropy" and "variance" need the whole attention map, computed beside the fused product (N^2 D
+multiply-accumulates, B heads N N numbers); the CLS scores need its CLS row alone (N D).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vitlab.utils import rng
+
+PRIME = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """One block seen by a score.
+
+    query, key, value: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
+    patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
+    original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
+    decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
+    the attention logits (None: d ** -0.5).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    prefix: int
+    read: int
+    bias: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
+    decay: float = 0.5
+    factors: tuple = (1, 1, 1, 1)
+    grid: tuple = (1, 1)
+    scale: float | None = None
+
+    def attention(self, query):
+        """Probabilities B heads M N of the given query rows, in float32."""
+        scale = self.key.shape[-1] ** -0.5 if self.scale is None else self.scale
+        logits = (query * scale) @ self.key.transpose(-2, -1)
+        return (logits if self.bias is None else logits + self.bias).float().softmax(-1)
+
+    def given(self):
+        """Attention that what the head reads gives to each patch, a head: B heads P.
+
+        That is the CLS row (mean with the distillation row); a mean-pooled head reads every patch, so there
+        it is the mean over all rows, themselves excepted: the attention received.
+        """
+        if not self.read:
+            return self.received()
+        return self.attention(self.query[:, :, : self.read]).mean(2)[..., self.prefix :]
+
+    def patch_map(self):
+        """Attention of the patches to the patches, B heads P P."""
+        return self.attention(self.query[:, :, self.prefix :])[..., self.prefix :]
+
+    def received(self):
+        """Mean attention each patch receives from all other patches, a head: B heads P."""
+        full = self.patch_map()
+        others = max(full.shape[-1] - 1, 1)
+        return (full.sum(2) - full.diagonal(dim1=-2, dim2=-1)) / others
+
+    def patch_keys(self):
+        """Unit key of each patch, the mean over heads (the metric of ToMe): B P d."""
+        return F.normalize(self.key[:, :, self.prefix :].mean(1), dim=-1)
+
+
+def _cls(view):
+    return view.given().mean(1)
+
+
+def _received(view):
+    return view.received().mean(1)
+
+
+def _query(view):
+    """Attention of the mean query: one row, for models without a CLS token."""
+    return view.attention(view.query.mean(2, keepdim=True)).mean(1)[:, 0, view.prefix :]
+
+
+def _normalised(scores):
+    # each head counts the same, however sharp it is
+    return (scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)).mean(1)
+
+
+def _averaged(score):
+    def moving(view):
+        now = score(view)
+        return now if view.previous is None else view.decay * view.previous + (1 - view.decay) * now
+
+    return moving
+
+
+def _entropy(view):
+    """Minus the entropy of the patch's own row: one that looks somewhere in particular is kept."""
+    rows = view.attention(view.query[:, :, view.prefix :])
+    return (rows * rows.clamp_min(1e-12).log()).sum(-1).mean(1)
+
+
+def _variance(view):
+    """Variance, over the patches that look, of the attention a patch receives: relevant to some."""
+    return view.patch_map().var(2, correction=0).mean(1)
+
+
+def _value(view):
+    return (view.given() * view.value[:, :, view.prefix :].float().norm(dim=-1)).mean(1)
+
+
+def _norm(view):
+    return view.value[:, :, view.prefix :].float().norm(dim=-1).mean(1)
+
+
+def _similarity(view):
+    """Minus the mean cosine of a patch's key with all others'; a product with the mean key."""
+    keys = view.patch_keys().float()
+    return -(keys * keys.mean(1, keepdim=True)).sum(-1)
+
+
+def _redundancy(view):
+    """Minus the cosine with the most similar other patch."""
+    keys = view.patch_keys()
+    cosine = keys @ keys.transpose(1, 2)
+    itself = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
+    return -cosine.masked_fill(itself, -2.0).amax(-1).float()
+
+
+def random_factors(seed, layers):
+    """Four coefficients a block for the random control."""
+    draw = rng.generator(seed, "token control")
+    return tuple(map(tuple, torch.randint(1, PRIME, (layers, 4), generator=draw).tolist()))
+
+
+def _random(view):
+    """A fixed random order of the patches for each block and seed: the control.
+
+    A random cubic over a prime field, so that it needs neither a buffer nor the device's generator, and a
+    prediction does not depend on its batch-mates.
+    """
+    value = torch.full_like(view.positions, view.factors[0])
+    for factor in view.factors[1:]:
+        value = (value * (view.positions + 1) + factor) % PRIME
+    return value.float() / PRIME
+
+
+def _grid(view):
+    """An order whose every beginning is spread evenly over the grid (Bayer's ordered dither): the control."""
+    row, column = view.positions // view.grid[1], view.positions % view.grid[1]
+    value = torch.zeros_like(row)
+    levels = max(max(view.grid) - 1, 1).bit_length()
+    for level in range(levels):
+        r, c = row // 2**level % 2, column // 2**level % 2
+        value = value * 4 + (r + c) % 2 * 2 + r
+    # the last bit of a tie-free order: larger is better, and 1 / 4^levels is one step
+    return 1 - value.float() / 4**levels
+
+
+SCORES = {
+    "cls": _cls, "cls-ema": _averaged(_cls), "cls-normalised": lambda view: _normalised(view.given()),
+    "received": _received, "received-ema": _averaged(_received),
+    "received-normalised": lambda view: _normalised(view.received()), "query": _query, "entropy": _entropy,
+    "variance": _variance, "value": _value, "norm": _norm, "similarity": _similarity,
+    "redundancy": _redundancy, "random": _random, "grid": _grid,
+}  # fmt: skip
+SIGNED = ("entropy", "similarity", "redundancy")  # no weights: these are below zero
+POSITIONED = ("random", "grid")
+
+
+def entropy(view):
+    """Entropy of what the head reads attending to the patches, B, in [0, 1]: 1 is an even gaze."""
+    given = view.given().mean(1)
+    given = given / given.sum(-1, keepdim=True)
+    return -(given * given.clamp_min(1e-12).log()).sum(-1) / math.log(given.shape[-1])

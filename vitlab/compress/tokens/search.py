@@ -1,0 +1,193 @@
+"""Choosing a schedule: per-layer counts by calibration, (r_max, alpha) by a multi-objective search."""
+
+import contextlib
+import dataclasses
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from vitlab.compress.pruning.budget import BudgetImpossible
+from vitlab.compress.tokens.reduction import TokenConfig, keep
+from vitlab.utils.device import device_of, running
+
+
+@torch.no_grad()
+def damage(model, reference, images, batch=256):
+    """Mean Kullback-Leibler divergence (nats) of `model`'s predictions from the logits `reference` (B K).
+
+    It needs no labels and, unlike accuracy, tells small changes apart.
+    """
+    found = torch.cat([model(part) for part in images.split(batch)]).float().log_softmax(1)
+    return F.kl_div(found, reference.log_softmax(1), reduction="batchmean", log_target=True).item()
+
+
+ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
+
+
+def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None, step=4, passes=200, batch=256,
+              log=None, **options):  # fmt: skip
+    """Tokens after each block that keep to a budget and change the predictions least: a TokenConfig.
+
+    The budget is `macs` (of one image), or `latency` (ms) by `meter`, a `TokenLatency` of this machine. If all tokens
+    fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
+    exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
+    lowers the `damage` stays; when none does, the step is halved, down to 1. `images` (normalised, B C H W) are from
+    train or validation, never test; labels are not needed. passes: over the images, at most. config and options: as
+    in `keep`, without counts.
+
+    The result is never worse, on these images, than the best schedule. BudgetImpossible, a ValueError, if the
+    budget cannot be reached.
+    """
+    if (macs is None) == (latency is None) or (latency is None) != (meter is None):
+        raise ValueError("give macs=..., or latency=... with meter=TokenLatency(model, images, ...)")
+    config = dataclasses.replace(config or TokenConfig(), **options)
+    name, budget = ("macs", macs) if latency is None else ("latency", latency)
+    search = _Exchange(model, images, budget, meter, config, batch)
+    if search.try_counts([search.parts.prefix + search.parts.patches] * search.parts.depth):
+        return dataclasses.replace(config, counts=search.counts)
+    for alpha in ALPHAS:
+        with contextlib.suppress(BudgetImpossible):  # one so late cannot become so cheap
+            search.try_counts(keep(model, at_budget(model, budget, meter, config, alpha=alpha)).tokens)
+    if search.counts is None:
+        raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
+    while step >= 1 and search.passes < passes:
+        if not search.improve(step, passes):
+            step //= 2
+        elif log:
+            log(f"damage {search.harm:.4f}  tokens {list(search.counts)}  step {step}  passes {search.passes}")
+    return dataclasses.replace(config, counts=search.counts)
+
+
+class _Exchange:
+    """Counts within a budget, the best found so far (`counts`, `harm`), and what was tried."""
+
+    def __init__(self, model, images, budget, meter, config, batch):
+        self.images, self.budget, self.meter, self.batch, self.config = images, budget, meter, batch, config
+        self.reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
+        self.parts, self.counts, self.harm, self.passes, self.tried = self.reduced.anatomy, None, None, 0, set()
+        self.shielded = {p % self.parts.depth for p in config.protect}
+        with running([self.reduced], device_of(self.reduced)):
+            self.reference = torch.cat([self.reduced.plain(part) for part in images.split(batch)]).float()
+
+    def try_counts(self, counts):
+        """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
+        counts = tuple(counts)
+        if counts in self.tried or self.cost(counts) > self.budget:
+            return False
+        self.tried.add(counts)
+        self.passes += 1
+        with running([self.reduced], device_of(self.reduced)):
+            harm = damage(self.reduced, self.reference, self.images, self.batch)
+        better = self.harm is None or harm < self.harm
+        if better:
+            self.counts, self.harm = counts, harm
+        return better
+
+    def cost(self, counts):
+        reduced = self.reduced.reduce_by(counts=counts)
+        return self.meter(reduced.tokens) if self.meter else reduced.macs()
+
+    def improve(self, step, passes):
+        """One round of exchanges from the best counts; whether any of them stayed."""
+        start = self.harm
+        for giver, taker in itertools.permutations(range(self.parts.depth), 2):
+            if self.passes >= passes:
+                break
+            changed = list(self.counts)
+            changed[giver] -= step
+            changed[taker] += step
+            self.try_counts(self.filled(self.allowed(changed), taker))
+        return self.harm < start
+
+    def allowed(self, counts):
+        """Counts made to fall from block to block, protected ones the same as before them."""
+        low, left = self.parts.prefix + self.config.minimum, self.parts.prefix + self.parts.patches
+        found = []
+        for layer, count in enumerate(counts):
+            left = left if layer in self.shielded else max(low, min(left, count))
+            found.append(left)
+        return found
+
+    def filled(self, counts, layer):
+        """As many tokens for `layer` as the budget allows, else fewer."""
+        while self.cost(counts) > self.budget and counts[layer] > self.parts.prefix + self.config.minimum:
+            counts = self.allowed([c - (i == layer) for i, c in enumerate(counts)])
+        while True:
+            more = self.allowed([c + (i == layer) for i, c in enumerate(counts)])
+            if more == counts or self.cost(more) > self.budget:
+                return counts
+            counts = more
+
+
+def at_macs(model, macs, config=None, **options):
+    """The r_max in [0, 1) that brings `model` to at most `macs`: a TokenConfig; for arms at equal cost."""
+    return at_budget(model, macs, None, config, **options)
+
+
+def at_budget(model, budget, meter=None, config=None, **options):
+    """The r_max in [0, 1) that brings `model` to at most `budget`, in MACs or by `meter(counts)`: a TokenConfig."""
+    config = dataclasses.replace(config or TokenConfig(), **options)
+    reduced = keep(model, config)
+
+    def cost(r_max):
+        reduced.reduce_by(r_max=r_max, counts=None)
+        return meter(reduced.tokens) if meter else reduced.macs()
+
+    low, costs = 0.0, {}
+    for high in (0.6, 0.9, 0.999):  # by the clock, the steepest reduction need not be the cheapest
+        costs[high] = cost(high)
+        if costs[high] <= budget:
+            break
+        low = high
+    else:
+        unit = "ms" if meter else "multiply-accumulates"
+        least = min(costs.values())
+        raise BudgetImpossible(f"{budget:,.6g} {unit}: alpha={config.alpha} reaches no less than {least:,.6g}")
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
+    return dataclasses.replace(config, r_max=high, counts=None)
+
+
+def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), choices=None, seed=0, log=None):
+    """Optuna's search over (r_max, alpha) and `choices` for high accuracy and low latency: the study.
+
+    evaluate(config) -> (accuracy, latency) on validation. storage: path of an SQLite file (several workers or
+    machines that share it work on one study) or any address Optuna takes; an existing study of that `name`
+    goes on until `trials` are complete in all. choices: {field of TokenConfig: values}, such as {"action":
+    ("drop", "merge")}. `best` gives the trade-off it found.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    address = str(storage)
+    if "://" not in address:
+        Path(address).parent.mkdir(parents=True, exist_ok=True)
+        address = f"sqlite:///{Path(address).resolve()}"
+    study = optuna.create_study(storage=address, study_name=name, load_if_exists=True,
+                                directions=["maximize", "minimize"])  # fmt: skip
+    # a worker that comes later must not propose what the first did
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
+
+    def objective(trial):
+        config = {"r_max": trial.suggest_float("r_max", *r_max), "alpha": trial.suggest_float("alpha", *alpha)}
+        config |= {key: trial.suggest_categorical(key, values) for key, values in (choices or {}).items()}
+        return evaluate(TokenConfig(**config))
+
+    done = (optuna.trial.TrialState.COMPLETE,)
+    stop = optuna.study.MaxTrialsCallback(trials, states=done)
+    if len(study.get_trials(deepcopy=False, states=done)) < trials:
+        study.optimize(objective, callbacks=[stop] + ([lambda s, t: log(t.params, t.values)] if log else []))
+    return study
+
+
+def best(study):
+    """The study's Pareto front, most accurate first: [{"config": TokenConfig, "accuracy", "latency"}]."""
+    rows = [{"config": TokenConfig(**t.params), "accuracy": t.values[0], "latency": t.values[1]}
+            for t in study.best_trials]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["accuracy"])
+
+
+__all__ = ["at_budget", "at_macs", "best", "calibrate", "damage", "search"]

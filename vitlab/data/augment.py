@@ -1,0 +1,205 @@
+"""Random augmentation of whole image batches: one draw an image, from an explicit generator, on any device.
+
+`Augment("crop(4)+flip+randaugment(2,9)")` reads a spec into operations. Each first draws its parameters for
+the batch and then applies them, without waiting for the host on a GPU. `normalize` makes the float images a
+model takes; `mix` mixes them (mixup, cutmix) and gives soft targets.
+"""
+
+import ast
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop, Rotate, constant
+from vitlab.data.randaugment import Jitter, RandAugment, TrivialAugment
+
+OPERATIONS = {
+    "crop": Crop,
+    "flip": Flip,
+    "rrc": ResizedCrop,
+    "rotate": Rotate,
+    "jitter": Jitter,
+    "randaugment": RandAugment,
+    "trivial": TrivialAugment,
+    "erase": Erase,
+}
+
+
+def _allowed():
+    def signature(name, kind):
+        arguments = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
+        return f"{name}({arguments})"
+
+    return ", ".join(signature(name, kind) for name, kind in OPERATIONS.items())
+
+
+def _calls(node):
+    """The operands of a sum, left to right."""
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield node.right
+        node = node.left
+    yield node
+
+
+def _operation(node):
+    """One operation from `name` or `name(arguments)`; the arguments are literals."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    text = ast.unparse(node)
+    if not isinstance(call.func, ast.Name) or call.func.id not in OPERATIONS:
+        raise ValueError(f"unknown augmentation {text!r}; allowed: {_allowed()}")
+
+    def value(argument):
+        found = ast.literal_eval(argument)
+        return tuple(found) if isinstance(found, list) else found
+
+    try:
+        positional = [value(a) for a in call.args]
+        return OPERATIONS[call.func.id](*positional, **{k.arg: value(k.value) for k in call.keywords})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"augmentation {text!r}: {error}; allowed: {_allowed()}") from error
+
+
+def parse(spec):
+    """The operations of a spec such as "crop(4)+flip", as a tuple; ValueError names what is wrong."""
+    if not isinstance(spec, str):
+        raise ValueError(f"an augmentation is a text such as 'crop(4)+flip', not {spec!r}")
+    if not spec.strip():
+        return ()
+    try:
+        tree = ast.parse(spec.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"augmentation {spec!r} is not a sum of calls; allowed: {_allowed()}") from error
+    return tuple(_operation(node) for node in reversed(list(_calls(tree))))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """A sequence of random operations, from a spec: operations joined by "+", applied from left to right.
+
+    crop(padding, mode), flip(p), rrc(low, high, ratio, size), rotate(degrees), jitter(brightness, contrast,
+    saturation, hue), randaugment(n, m), trivial, erase(p, scale, ratio, value); "" changes nothing.
+    `str()` gives the spec back; equal specs are equal and hash alike.
+
+    mean: the data's mean colour in [0, 1], one number a channel, for `erase(value="mean")` (its default).
+
+    Calling it on uint8 B C H W images with a generator on their device gives uint8 images (of another size
+    after `rrc(size=...)`). Float images in [0, 1] stay float; the colour operations take them through 8 bits.
+    """
+
+    spec: str = ""
+    mean: tuple | None = None
+    operations: tuple = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        operations = parse(self.spec)
+        if self.mean is not None:
+            mean = tuple(float(v) for v in self.mean)
+            object.__setattr__(self, "mean", mean)
+            operations = tuple(
+                dataclasses.replace(one, mean=mean) if isinstance(one, Erase) else one for one in operations
+            )
+        object.__setattr__(self, "spec", self.spec.strip())
+        object.__setattr__(self, "operations", operations)
+
+    def __str__(self):
+        return self.spec
+
+    def __call__(self, images, generator):
+        if images.ndim != 4:
+            raise ValueError(f"a batch of images is B C H W, not of shape {tuple(images.shape)}")
+        if not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(f"images are uint8 or float, not {images.dtype}")
+        if generator.device.type != images.device.type:
+            raise ValueError(f"a generator on {generator.device} cannot draw for images on {images.device}")
+        for operation in self.operations:
+            images = operation.apply(images, operation.draw(images, generator))
+        return images
+
+
+def normalize(images, mean, std, size=None, dtype=torch.float32):
+    """(pixels - mean) / std as float B C H W, optionally resized on the images' device.
+
+    images: B C H W, uint8, or float in [0, 1]; mean, std: numbers, one a channel (or one for all), of pixels
+    in [0, 1]; size: pixels a side or (height, width), bilinear, antialiased only where it shrinks. It is
+    reckoned in float32 and then turned to `dtype`. ValueError on other numbers of channels or std <= 0.
+    """
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if {len(mean), len(std)} - {1, images.shape[1]} or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std} (above 0) do not suit {images.shape[1]} channels")
+    if len(mean) != len(std):
+        mean, std = (v * (images.shape[1] // len(v)) for v in (mean, std))
+    largest = 1.0 if images.is_floating_point() else 255.0
+    scale = constant(tuple(1 / (largest * s) for s in std), images.device)
+    shift = constant(tuple(-m / s for m, s in zip(mean, std)), images.device)
+    pixels = images.float()
+    if size is not None:
+        pixels = _resize(pixels, (size, size) if isinstance(size, int) else tuple(size))
+    # in place where the pixels are a copy: a second large buffer costs more than the arithmetic
+    pixels = pixels.mul(scale) if pixels is images else pixels.mul_(scale)
+    return pixels.add_(shift).to(dtype)
+
+
+def _resize(images, size):
+    if size == tuple(images.shape[2:]):
+        return images
+    shrinks = size[0] < images.shape[2] or size[1] < images.shape[3]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def beta(alpha, count, generator):
+    """`count` draws of Beta(alpha, alpha), float64 on the generator's device.
+
+    A Gamma(alpha) variable is a Gamma(alpha + 1) one times U^(1 / alpha) (Marsaglia & Tsang 2000, section
+    6); in logarithms it does not underflow at a small alpha, where both would be 0.
+    """
+    shape = torch.full((2, count), alpha + 1.0, dtype=torch.float64, device=generator.device)
+    uniform = torch.rand(2, count, generator=generator, dtype=torch.float64, device=generator.device)
+    logarithm = torch._standard_gamma(shape, generator=generator).log() + (1 - uniform).log() / alpha
+    return torch.sigmoid(logarithm[0] - logarithm[1])
+
+
+def draw_mix(shape, generator, mixup, cutmix):
+    """What `mix` does to a batch of this shape: (partner int64 B, own share of each pixel B 1 H|1 W|1).
+
+    Either mixup (arXiv:1710.09412), one share an image, or cutmix (arXiv:1905.04899), a box of the partner,
+    shares 0 and 1; where both are on, each image takes either with probability 1/2.
+    """
+    count, _, height, width = shape
+    device = generator.device
+    partner = torch.randperm(count, generator=generator, device=device)
+    if not cutmix:
+        return partner, beta(mixup, count, generator).view(-1, 1, 1, 1)
+    side = (1 - beta(cutmix, count, generator)).sqrt()
+    corner = torch.rand(2, count, generator=generator, dtype=torch.float64, device=device)
+    inside = []
+    for centre, size in zip(corner, (height, width)):
+        middle, half = (centre * size).long(), (0.5 * side * size).long()
+        place = torch.arange(size, device=device)
+        inside.append((place >= (middle - half)[:, None]) & (place < (middle + half)[:, None]))
+    own = 1.0 - (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1).double()
+    if mixup:
+        either = torch.rand(count, generator=generator, device=device).view(-1, 1, 1, 1) < 0.5
+        own = torch.where(either, own, beta(mixup, count, generator).view(-1, 1, 1, 1))
+    return partner, own
+
+
+def mix(images, labels, num_classes, generator, mixup=0.0, cutmix=0.0, smoothing=0.0):
+    """Mix each image with another of the batch; give (images, soft targets B K float32).
+
+    images: float B C H W; labels: int64 B; mixup, cutmix: alpha of the Beta distribution of the share, one
+    draw an image, 0 = off (with both on, each image takes either); smoothing: share of the target spread over
+    all classes. A target has the labels in the very shares their pixels have. ValueError on bad amounts.
+    """
+    if mixup < 0 or cutmix < 0 or not 0 <= smoothing <= 1:
+        raise ValueError(f"mixup {mixup} and cutmix {cutmix} must be >= 0, smoothing {smoothing} in 0..1")
+    targets = F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+    if not mixup and not cutmix:
+        return images, targets
+    if not images.is_floating_point():
+        raise ValueError(f"mixing needs float images, not {images.dtype}")
+    partner, own = draw_mix(images.shape, generator, mixup, cutmix)
+    share = own.mean((1, 2, 3)).float().unsqueeze(1)  # B 1
+    mixed = torch.lerp(images[partner], images, own.to(images.dtype))
+    return mixed, torch.lerp(targets[partner], targets, share)

@@ -1,0 +1,176 @@
+"""Image files of any kind -> uint8 tensors of one size; folders of them as a data set."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from vitlab.utils.files import digest
+
+FOLDER_SIZE = 64
+KINDS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+class DatasetMissing(FileNotFoundError):
+    """A data set that is not on this machine and could not be downloaded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data set as its makers split it: {"train" and perhaps "val", "test": (uint8 N 3 H W, int64 N)}."""
+
+    splits: dict[str, tuple[Tensor, Tensor]]
+    classes: tuple[str, ...]
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to get a source: `read(on_error)`, and under which name and stamp its cache is kept.
+
+    A cache with another stamp is out of date. `stamp` None: the original is gone, any whole cache will do.
+    """
+
+    stem: str
+    stamp: str | None
+    read: Callable[[str], Source]
+
+
+def folder_plan(path, size=None):
+    """The Plan for a folder of class folders, or of train, val and test folders of those, `size` square."""
+    size = size or FOLDER_SIZE
+    if not path.is_dir():
+        raise DatasetMissing(f"folder:{path}: there is no folder {path.absolute()}")
+    parts = {part: path / n for part, names in ALIASES.items() for n in names[::-1] if (path / n).is_dir()}
+    if not parts:
+        parts = {"train": path}
+    elif "train" not in parts:
+        raise ValueError(f"folder:{path} has {', '.join(p.name for p in parts.values())} but no train folder")
+    items, classes = {}, None
+    for part, folder in parts.items():
+        items[part], names = listing(folder)
+        if classes is not None and names != classes:
+            odd = sorted(set(names) ^ set(classes))
+            raise ValueError(
+                f"folder:{path}: {folder.name} and train have different classes: {', '.join(odd[:10])}"
+            )
+        classes = names
+    facts = [[f"{part}/{n}", *_facts(parts[part] / n)] for part in items for n, _ in items[part]]
+    stem = f"folder-{re.sub(r'[^A-Za-z0-9_-]+', '-', path.name)}-{digest(str(path.resolve()), 8)}-{size}"
+
+    def read(on_error):
+        joined = {part: [(str(parts[part] / n), k) for n, k in items[part]] for part in items}
+        splits, skipped = decode(lambda name: Path(name).read_bytes(), joined, size, on_error, path.name)
+        for part, (_, labels) in splits.items():
+            demand_all(zip(labels, labels.tolist()), classes, f"{parts[part]} (after skipping broken images)")
+        return Source(splits, tuple(classes), skipped)
+
+    return Plan(stem, digest([facts, classes, size]), read)
+
+
+def _facts(path):
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def listing(folder):
+    """([(relative name, label)], class names) in torchvision ImageFolder's order, without what is hidden."""
+    # not by ImageFolder itself: importing torchvision takes longer than opening the cache
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    if not classes:
+        raise ValueError(f"{folder} has no class folders (one folder of images a class is expected)")
+    items, start = [], len(str(folder)) + 1
+    for label, name in enumerate(classes):
+        for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            names = (
+                os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS)
+            )
+            items += [(n, label) for n in names if not re.search(r"(^|[\\/])\.", n)]
+    demand_all(items, classes, f"{folder} (images end in {' '.join(KINDS)})")
+    return items, classes
+
+
+def demand_all(items, classes, where):
+    """ValueError naming the classes without an image."""
+    missing = sorted(set(range(len(classes))) - {k for _, k in items})
+    if missing:
+        raise ValueError(f"{where}: no images in class {', '.join(str(classes[k]) for k in missing[:10])}")
+
+
+def decode(read, items, size, on_error, title):
+    """Decode {split: [(name, label)]} in threads -> ({split: (uint8 N 3 S S, int64 N)}, number skipped).
+
+    A file that is no whole image ends it with a ValueError that names it, or is left out (on_error="skip").
+    """
+    count = sum(map(len, items.values()))
+    said = count > 2000
+    if said:
+        print(f"{title}: reading {count:,} images (once; then from the cache)", flush=True)
+    bar = tqdm(total=count, unit="img", disable=not (said and sys.stderr.isatty()), leave=False)
+    splits, skipped = {}, 0
+    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for part, named in items.items():
+            images, bad = np.empty((len(named), 3, size, size), np.uint8), {}
+
+            def work(start, named=named, images=images, bad=bad):
+                for i in range(start, min(start + 64, len(named))):
+                    if bad and on_error == "raise":
+                        return
+                    try:
+                        images[i] = picture(read(named[i][0]), size)
+                    except MemoryError:
+                        raise
+                    except Exception as error:  # Pillow raises many kinds for broken files
+                        bad[i] = error
+                    bar.update()
+
+            for _ in pool.map(work, range(0, len(named), 64)):
+                pass
+            if bad and on_error == "raise":
+                i = min(bad)
+                raise ValueError(
+                    f"{title}: {named[i][0]} cannot be read as an image: {bad[i]} "
+                    f"(on_error='skip' leaves such files out)"
+                ) from bad[i]
+            keep = [i for i in range(len(named)) if i not in bad]
+            labels = torch.tensor([named[i][1] for i in keep], dtype=torch.int64)
+            splits[part] = torch.from_numpy(images[keep] if bad else images), labels
+            skipped += len(bad)
+    if skipped:
+        print(f"{title}: {skipped:,} of {count:,} images could not be read and were skipped", flush=True)
+    return splits, skipped
+
+
+def picture(data, size):
+    """The bytes of an image file -> uint8 3 `size` `size`, RGB.
+
+    Turned as its EXIF says; transparent parts lie on white; 16-bit grey is scaled to 8 bits; of several
+    frames the first. The short side is scaled to `size` (bicubic, antialiased) and the centre is cut out.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft(None, (2 * size, 2 * size))  # decodes a far larger JPEG at a fraction, much faster
+        image = _rgb(ImageOps.exif_transpose(image))
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def _rgb(image):
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+        grey = np.rint(np.clip(np.asarray(image), 0, 65535) / 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

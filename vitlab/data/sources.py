@@ -1,0 +1,270 @@
+"""Where images come from: the bundled set, CIFAR and Tiny ImageNet, read whole into uint8 tensors."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+import zipfile
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitlab.data.folders import DatasetMissing, Plan, Source, decode, demand_all, folder_plan
+from vitlab.utils.files import atomic, digest
+
+HOME = "~/.cache/vitlab"
+NATIVE = {"cifar10": 32, "cifar100": 32, "tiny": 32, "tiny-imagenet": 64}
+ZIP_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+MARKS = "val/val_annotations.txt"
+TIMEOUT = 20  # seconds without a byte before a download is given up
+# SHA-256 of the sorted SHA-256 sums of (pixels, label) of all images: of the set, whatever its order
+CIFAR_SUMS = {
+    "cifar10/train": "af69a6c12769f03b01e344d02658e1f92ce393706a0b01ae8dbe72966c5f7c33",
+    "cifar10/test": "5ccaadab91eb2ff51c6a444c87ec70a1de453c139db6bb4a8a8c1c6de36bee70",
+    "cifar100/train": "b01173833cc76e4c37e026eff89b354ac7a6bc6cfe73cbb7afbf9e55ad5786fd",
+    "cifar100/test": "c8c275ad7be0681405b706809159b8b00729bbba7a8082b2bc9bd720c67fd446",
+}
+
+
+def plan(name, root, size=None):
+    """The Plan for the data set `name` (all but "tiny") under the folder `root`; else a ValueError."""
+    if name in ("cifar10", "cifar100"):
+        return Plan(name, digest(CIFAR_SUMS), lambda on_error: cifar(name, root))
+    if name == "tiny-imagenet":
+        return Plan(name, _place_stamp(_place(root)), partial(tiny_imagenet, root))
+    if name.startswith("folder:") and name != "folder:":
+        return folder_plan(Path(name.removeprefix("folder:")).expanduser(), size)
+    raise ValueError(f"unknown data set {name!r}: allowed are {', '.join(NATIVE)} and folder:PATH")
+
+
+def writable(folder):
+    """Whether files can be made in `folder`, which need not exist yet."""
+    folder = Path(folder)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def home():
+    """The folder for data where nothing else is said."""
+    return Path(HOME).expanduser()
+
+
+def tiny():
+    """The bundled images of CIFAR-10 (see assets/README.md); ValueError if their pixels are damaged."""
+    assets = resources.files("vitlab.data") / "assets"
+    about = json.loads((assets / "tiny.json").read_text())
+    with Image.open(io.BytesIO((assets / "tiny.webp").read_bytes())) as mosaic:
+        grid = np.asarray(mosaic.convert("RGB"))
+    columns = about["columns"]
+    side = grid.shape[1] // columns
+    tiles = grid.reshape(-1, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
+    tiles = tiles.reshape(-1, side, side, 3)  # N H W C
+    splits, start = {}, 0
+    for part, said in about["splits"].items():
+        pixels = tiles[start : start + len(said["labels"])]
+        if hashlib.sha256(pixels.tobytes()).hexdigest() != said["sha256"]:
+            raise ValueError(f"the bundled data set's {part} pixels are damaged: install the package again")
+        splits[part] = _tensors(pixels, said["labels"])
+        start += len(pixels)
+    return Source(splits, _official_classes("cifar10"))
+
+
+def cifar(name, root):
+    """CIFAR-10 or -100 (Krizhevsky 2009) from root/<name>.npz, else the official files, else downloaded.
+
+    The npz holds x_train, x_test (uint8 N 32 32 3) and y_train, y_test. Its pixels and labels are checked
+    against recorded sums (ValueError), since JPEG copies circulate that cost 2-3 points of accuracy;
+    torchvision checks the official files. CIFAR-10 keeps its order; CIFAR-100 is put in the order of its
+    images' SHA-256, because its copies come in different ones. DatasetMissing if it is nowhere and the
+    download fails.
+    """
+    path = root / f"{name}.npz"
+    parts = _from_npz(name, path) if path.exists() else _from_torchvision(name, root, path)
+    if name == "cifar100":
+        parts = {part: _by_hash(*arrays) for part, arrays in parts.items()}
+    return Source({part: _tensors(*arrays) for part, arrays in parts.items()}, _official_classes(name))
+
+
+def _from_npz(name, path):
+    parts = {}
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            for part in ("train", "test"):
+                parts[part] = data[f"x_{part}"], data[f"y_{part}"].ravel()
+    except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read as npz with x_train, y_train, x_test, y_test: {error}"
+        ) from error
+    for part, (pixels, labels) in parts.items():
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3):
+            raise ValueError(
+                f"{path}: x_{part} is {pixels.dtype} {pixels.shape}, not uint8 ({len(labels)}, 32, 32, 3)"
+            )
+        if _set_sum(pixels, labels) != CIFAR_SUMS[f"{name}/{part}"]:
+            raise ValueError(
+                f"{path}: x_{part} and y_{part} are not pixels and labels of the official {name} (SHA-256 of "
+                f"the set of images). JPEG or resized copies are refused: use the official python files, or "
+                f"remove this file to have them downloaded"
+            )
+    return parts
+
+
+def _from_torchvision(name, root, npz):
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        sets = [kind(root, train=train) for train in (True, False)]
+    except RuntimeError:  # not there, or its checksums are wrong
+        target = root if writable(root) else home()
+        try:
+            with _time_limit(TIMEOUT):
+                sets = [kind(target, train=train, download=True) for train in (True, False)]
+        except Exception as error:
+            looked = (npz, root / kind.base_folder, root / kind.filename)
+            raise _missing(name, looked, "as any one of these", kind.url, target, error) from error
+    return {part: (found.data, np.asarray(found.targets)) for part, found in zip(("train", "test"), sets)}
+
+
+def _set_sum(pixels, labels):
+    pairs = (h + int(k).to_bytes(8, "little", signed=True) for h, k in zip(_hashes(pixels), labels))
+    return hashlib.sha256(b"".join(sorted(pairs))).hexdigest()
+
+
+def _by_hash(pixels, labels):
+    order = sorted(range(len(labels)), key=list(zip(_hashes(pixels), labels.tolist())).__getitem__)
+    return pixels[order], labels[order]
+
+
+def tiny_imagenet(root, on_error="raise"):
+    """Tiny ImageNet (Stanford CS231n, 200 classes, 64 x 64): its zip or folder in `root`, else downloaded.
+
+    Read straight from the zip, nothing is extracted. The official validation images, which have labels, are
+    our "test". Classes are the sorted WordNet ids, as ImageFolder has them, under their first name in
+    words.txt. The address and checksum can be set by VITLAB_TINY_IMAGENET_URL and VITLAB_TINY_IMAGENET_MD5
+    (for a mirror).
+    """
+    place = _place(root) or _download_zip(root)
+    with _shelf(place) as (names, read):
+        try:
+            ids = sorted(read("wnids.txt").decode().split())
+            number = {wnid: k for k, wnid in enumerate(ids)}
+            words = dict(_rows(read("words.txt")))
+            marks = [(f"val/images/{image}", number[wnid]) for image, wnid in _rows(read(MARKS))]
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(f"{place} is not laid out as Tiny ImageNet: {error!r}") from error
+        found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in sorted(names))
+        items = {
+            "train": [(m[0], number[m[1]]) for m in found if m and m[1] in number],
+            "test": marks,
+        }
+        if (len(items["train"]), len(marks)) != (100_000, 10_000):
+            print(
+                f"{place}: {len(items['train']):,} train and {len(marks):,} validation images, not the "
+                f"standard 100,000 and 10,000",
+                flush=True,
+            )
+        for part in items:
+            demand_all(items[part], ids, f"{place}, {part}")
+        splits, skipped = decode(read, items, NATIVE["tiny-imagenet"], on_error, "tiny-imagenet")
+    first = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
+    classes = tuple(w if first.count(w) == 1 else f"{w} ({wnid})" for w, wnid in zip(first, ids))
+    return Source(splits, classes, skipped)
+
+
+def _rows(data):
+    """The first two tab-separated fields of each line."""
+    return [line.split("\t")[:2] for line in data.decode().splitlines() if line.strip()]
+
+
+def _place(root):
+    """The zip or the unpacked folder, if either is there."""
+    options = (root / "tiny-imagenet-200.zip", root / "tiny-imagenet-200", home() / "tiny-imagenet-200.zip")
+    return next((path for path in options[: 2 + (not writable(root))] if path.exists()), None)
+
+
+def _place_stamp(place):
+    if place is None:
+        return None
+    inside = [place] if place.is_file() else [place / name for name in ("wnids.txt", "train", MARKS)]
+    return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in inside if p.exists()])
+
+
+def _download_zip(root):
+    from torchvision.datasets.utils import download_url
+
+    url = os.environ.get("VITLAB_TINY_IMAGENET_URL") or ZIP_URL
+    md5 = os.environ.get("VITLAB_TINY_IMAGENET_MD5") or ZIP_MD5
+    target = (root if writable(root) else home()) / "tiny-imagenet-200.zip"
+    try:
+        with _time_limit(TIMEOUT), atomic(target) as part:
+            download_url(url, part.parent, part.name, md5)
+    except Exception as error:
+        if "corrupted" in str(error):
+            error = ValueError(f"what came has not the MD5 {md5}")
+        looked = (root / "tiny-imagenet-200.zip", root / "tiny-imagenet-200")
+        raise _missing("tiny-imagenet", looked, "as either of these", url, target.parent, error) from error
+    return target
+
+
+@contextlib.contextmanager
+def _shelf(place):
+    """Yield (names of the files below tiny-imagenet-200/, function from such a name to the file's bytes)."""
+    if place.is_dir():
+        yield (
+            [p.relative_to(place).as_posix() for p in place.rglob("*.JPEG")],
+            lambda name: (place / name).read_bytes(),
+        )
+        return
+    try:
+        archive = zipfile.ZipFile(place)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{place} is not a whole zip file ({error}): remove it to have it downloaded again"
+        ) from error
+    with archive:
+        top = next((n.removesuffix("wnids.txt") for n in archive.namelist() if n.endswith("wnids.txt")), "")
+        names = [n.removeprefix(top) for n in archive.namelist() if n.startswith(top)]
+        yield names, lambda name: archive.read(top + name)
+
+
+def _tensors(pixels, labels):
+    """uint8 N H W C and labels -> contiguous uint8 N C H W and int64 N."""
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return images, torch.as_tensor(np.asarray(labels, np.int64))
+
+
+def _hashes(pixels):
+    return [hashlib.sha256(image).digest() for image in np.ascontiguousarray(pixels)]
+
+
+def _official_classes(name):
+    return tuple(json.loads((resources.files("vitlab.data") / "assets" / "classes.json").read_text())[name])
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _missing(name, looked, how, url, target, error):
+    places = "\n".join(f"  {path}" for path in looked)
+    return DatasetMissing(
+        f"data set {name!r} is not there. Looked for\n{places}\n"
+        f"Two ways to get it: put the file there {how} (another folder: root=... or VITLAB_DATA); or let it "
+        f"be downloaded from {url} to {target}, which failed just now: {type(error).__name__}: {error}"
+    )

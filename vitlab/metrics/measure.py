@@ -1,0 +1,210 @@
+"""The one measuring stick: accuracy, parameters, operations, size, time, memory, power of any model.
+
+`measure()` gives the row that every arm of the study gets; its columns are in COLUMNS. The parts can be
+called alone: counts and meters are here by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
+from vitlab.metrics.meters import (
+    Energy,
+    Memory,
+    Timing,
+    compare,
+    energy_per_image,
+    latency,
+    peak_memory,
+)
+from vitlab.metrics.power import EnergyMeter
+from vitlab.metrics.predict import input_size, logits
+from vitlab.utils.device import device_name, device_of, example
+
+__all__ = [
+    "COLUMNS", "Accuracy", "Energy", "EnergyMeter", "Memory", "Timing", "accuracy", "compare", "device_name",
+    "energy_per_image", "latency", "macs", "macs_by_module", "macs_by_part", "measure", "parameters", "peak_memory",
+    "ptflops_macs", "score", "show", "size_bytes", "throughput",
+]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well a model does on `n` images. Percentages, but for `loss` (mean NLL, nats) and `ece` (0 to 1).
+
+    top5: None with fewer than five classes. ece: expected calibration error (Guo et al. 2017, eq. 3) over
+    bins of equal width. per_class: recall, None for a class without images. confusion: images counted,
+    rows are the truth, columns the prediction.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    ece: float
+    per_class: tuple
+    confusion: list
+    n: int
+
+
+def accuracy(model, split, *, mean, std, num_classes, size=None, batch_size=512, dtype=None, ece_bins=15):
+    """Accuracy of `model` on a split of uint8 images, in eval mode (each module's own mode is put back).
+
+    `size` resizes the images on the device (default: what the model takes). The figures are computed in
+    float64 on the CPU, so that they are the same every time. ValueError: an empty split, outputs that are
+    not N x num_classes or not finite, a label outside the classes.
+    """
+    outputs, labels = logits(model, split, mean=mean, std=std, size=size, batch_size=batch_size, dtype=dtype)
+    return score(outputs, labels, num_classes, ece_bins)
+
+
+def score(outputs, labels, num_classes, ece_bins=15):
+    """The Accuracy of logits (N K) against labels (N); errors as in `accuracy`."""
+    outputs, labels = outputs.double().cpu(), labels.cpu()
+    n = len(labels)
+    if outputs.shape != (n, num_classes):
+        raise ValueError(f"the model gives {tuple(outputs.shape)} for {n} images of {num_classes} classes")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, with {num_classes} classes")
+    if broken := int((~outputs.isfinite()).any(1).sum()):
+        raise ValueError(f"the output is not finite for {broken} of {n} images: did training diverge?")
+    chances = outputs.softmax(1)  # N K
+    confidence, predicted = chances.max(1)
+    right = predicted == labels
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = confusion.view(num_classes, num_classes)
+    top5 = None
+    if num_classes >= 5:
+        top5 = 100 * (outputs.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    return Accuracy(
+        top1=100 * right.double().mean().item(),
+        top5=top5,
+        loss=torch.nn.functional.cross_entropy(outputs, labels).item(),
+        ece=_ece(confidence, right.double(), ece_bins),
+        per_class=tuple(
+            100 * hits / total if total else None
+            for hits, total in zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
+        ),
+        confusion=confusion.tolist(),
+        n=n,
+    )
+
+
+def _ece(confidence, right, bins):
+    # bin m holds confidences in ((m - 1) / bins, m / bins]; its weight times |accuracy - confidence| is
+    # |sum of right - sum of confidence| / n
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right - confidence)
+    return gaps.abs().sum().item() / len(right)
+
+
+def throughput(model, shape, batch, *, device=None, dtype=None, seconds=2.0, warmup=3, min_runs=5):
+    """Images a second at `batch` images of `shape` (C H W) already on the device, from the median time."""
+    images = example(model, shape, batch, device)
+    timing = latency(model, images, dtype=dtype, seconds=seconds, warmup=warmup, min_runs=min_runs)
+    return batch / timing.median_s
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a row is shown: value * scale, in `unit`, `digits` decimals; which way is `better`."""
+
+    label: str
+    unit: str = ""
+    better: str | None = None  # "higher", "lower"
+    digits: int = 2
+    scale: float = 1.0
+
+
+COLUMNS = {
+    "accuracy_top1": Column("Accuracy", "%", "higher"),
+    "accuracy_top5": Column("Top-5 accuracy", "%", "higher"),
+    "nll": Column("NLL", "nats", "lower", 3),
+    "ece": Column("Calibration error", "%", "lower", 2, 100),
+    "params": Column("Parameters", "M", "lower", 2, 1e-6),
+    "macs": Column("MACs", "M", "lower", 1, 1e-6),
+    "ptflops_macs": Column("MACs by ptflops", "M", "lower", 1, 1e-6),
+    "size_mb": Column("Size on disk", "MB", "lower"),
+    "latency_ms": Column("Latency, batch 1", "ms", "lower", 3),
+    "latency_ms_q25": Column("Latency, lower quartile", "ms", "lower", 3),
+    "latency_ms_q75": Column("Latency, upper quartile", "ms", "lower", 3),
+    "images_per_s": Column("Throughput", "images/s", "higher", 1),
+    "batch": Column("Batch of throughput, memory, power", "images", None, 0),
+    "peak_mb": Column("Peak memory", "MB", "lower", 1),
+    "activations_mb": Column("Peak activations", "MB", "lower", 1),
+    "power_w": Column("Power", "W", "lower", 1),
+    "idle_power_w": Column("Power, idle", "W", "lower", 1),
+    "mj_per_image": Column("Energy per image", "mJ", "lower", 3),
+}
+
+
+def show(value, column, unit=False):
+    """A row's value as text: show(9_750_000, "params", unit=True) is "9.75 M", None is "not measured"."""
+    if column not in COLUMNS:
+        raise ValueError(f"no column {column!r}; there are {', '.join(COLUMNS)}")
+    if value is None:
+        return "not measured"
+    form = COLUMNS[column]
+    return f"{value * form.scale:,.{form.digits}f}" + (f" {form.unit}" if unit and form.unit else "")
+
+
+def measure(model, data=None, *, split="test", scores=None, shape=None, device=None, dtype=None,
+            batch=256, seconds=2.0, energy_seconds=3.0):
+    """Everything about one model as a flat row of plain values: COLUMNS, and what they hold for.
+
+    data: a Dataset, on whose `split` accuracy is read; scores: an Accuracy that is already known, in its
+    stead; with neither, the accuracy is None. shape: C H W (default: what the model takes, else the data).
+    device: the model is moved there (default: where it is). dtype: autocast. batch: images in a pass for
+    throughput, peak memory and energy. seconds: time for each of latency and throughput.
+
+    Beside COLUMNS: device (name), dtype, threads, shape, n (images judged), and not_measured, the reasons for
+    None. peak_mb is weights + input + activations of one pass at `batch`; 1 MB is 1e6 bytes. ValueError when
+    the shape cannot be known, and as in `accuracy`.
+    """
+    if device is not None:
+        model.to(device)
+    device = device_of(model)
+    if shape is None:
+        if data is None:
+            raise ValueError("measure() needs data or shape=(channels, height, width)")
+        channels, side = data.test.images.shape[1::2]
+        shape = (channels, input_size(model, side), input_size(model, side))
+    if scores is None and data is not None:
+        scores = accuracy(model, getattr(data, split), mean=data.mean, std=data.std,
+                          num_classes=data.num_classes, size=shape[-1], dtype=dtype)
+    by_ptflops, why_ptflops = ptflops_macs(model, shape)
+    one, many = example(model, shape), example(model, shape, batch)
+    single = latency(model, one, dtype=dtype, seconds=seconds)
+    large = latency(model, many, dtype=dtype, seconds=seconds, warmup=3, min_runs=5)
+    memory = peak_memory(model, many, dtype=dtype)
+    energy = energy_per_image(model, many, dtype=dtype, seconds=energy_seconds)
+    row = {
+        "accuracy_top1": scores and scores.top1,
+        "accuracy_top5": scores and scores.top5,
+        "nll": scores and scores.loss,
+        "ece": scores and scores.ece,
+        "params": parameters(model),
+        "macs": macs(model, shape),
+        "ptflops_macs": by_ptflops,
+        "size_mb": size_bytes(model) / 1e6,
+        "latency_ms": single.median_s * 1e3,
+        "latency_ms_q25": single.q25_s * 1e3,
+        "latency_ms_q75": single.q75_s * 1e3,
+        "images_per_s": batch / large.median_s,
+        "batch": batch,
+        "peak_mb": memory.peak / 1e6,
+        "activations_mb": memory.activations / 1e6,
+        "power_w": energy.watts,
+        "idle_power_w": energy.idle_watts,
+        "mj_per_image": energy.joules_per_image and energy.joules_per_image * 1e3,
+    }
+    reasons = {"ptflops_macs": why_ptflops, "power_w": energy.reason, "idle_power_w": energy.reason,
+               "mj_per_image": energy.reason, "accuracy_top5": "fewer than five classes" if scores else ""}
+    return row | {
+        "n": scores and scores.n,
+        "shape": list(shape),
+        "device": device_name(device),
+        "dtype": str(dtype or one.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "not_measured": {k: reasons.get(k) or "no data were given" for k, v in row.items() if v is None},
+    }

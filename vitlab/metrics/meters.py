@@ -1,0 +1,233 @@
+"""Meters of running code: time, memory, energy. They know of tensors and callables, not of data sets.
+
+Every meter runs what it is given in eval mode without gradients, warmed up and synchronised, on inputs that
+are already on the device, so no figure includes data loading.
+"""
+
+import contextlib
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from vitlab.metrics.power import EnergyMeter
+from vitlab.utils.device import running
+
+
+def _inputs(example):
+    return () if example is None else (example,) if isinstance(example, torch.Tensor) else tuple(example)
+
+
+def _device(example, device):
+    """Where the work runs: `device`, else the example's; ValueError where the clock would not be known."""
+    inputs = _inputs(example)
+    if device is None and not inputs:
+        raise ValueError("without an example, say which device the functions run on: device='cpu' or 'cuda'")
+    device = torch.device(device) if device is not None else inputs[0].device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"only cpu and cuda are measured, not {device.type}")
+    return device
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a run: median and quartiles of `n` runs."""
+
+    median_s: float
+    q25_s: float
+    q75_s: float
+    n: int
+
+
+def compare(functions, example=None, *, device=None, dtype=None, warmup=5, seconds=1.0, min_runs=10):
+    """Time several functions or models against each other: {name: callable} -> {name: Timing}.
+
+    Round-robin, the order turned by one each round, so that clock drift and noisy neighbours hit all alike.
+    Each is called with `example` (a tensor or a tuple of them; None: no argument), `warmup` times unmeasured,
+    then until it has had `seconds` seconds and `min_runs` runs. Modules are put into eval mode; a function
+    that wraps one must see to that itself. CUDA: events around one run on an idle device, launch overhead
+    included. CPU: perf_counter_ns.
+    """
+    if not functions or min_runs < 1 or warmup < 0:
+        raise ValueError(f"need functions, min_runs >= 1, warmup >= 0; got {functions}, {min_runs}, {warmup}")
+    device, inputs, names = _device(example, device), _inputs(example), list(functions)
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    spent = {name: [] for name in names}
+    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with running(functions.values(), device, dtype), scope:
+        for name in names:
+            for _ in range(warmup):
+                functions[name](*inputs)
+        _synchronize(device)
+        while any(len(s) < min_runs or sum(s) < seconds for s in spent.values()):
+            for name in names:
+                spent[name].append(clock(functions[name], inputs))
+            names.append(names.pop(0))
+    return {name: _timing(spent[name]) for name in functions}
+
+
+def latency(function, example=None, *, device=None, dtype=None, warmup=5, seconds=1.0, min_runs=10):
+    """Time of one call of a function or model on `example`, as a Timing; arguments as in `compare`."""
+    options = {"device": device, "dtype": dtype, "warmup": warmup, "seconds": seconds, "min_runs": min_runs}
+    return compare({"": function}, example, **options)[""]
+
+
+def _cpu_seconds(function, inputs):
+    start = time.perf_counter_ns()
+    function(*inputs)
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def _cuda_seconds(function, inputs):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function(*inputs)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _timing(seconds):
+    if len(seconds) == 1:
+        return Timing(*seconds * 3, 1)
+    q25, median, q75 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, q25, q75, len(seconds))
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the model's weights and buffers, its input, the most it allocates beside them in a forward pass.
+
+    `device_peak` is the CUDA allocator's own peak, with whatever else lives on the device (a data set, say);
+    None on a CPU.
+    """
+
+    weights: int
+    inputs: int
+    activations: int
+    device_peak: int | None = None
+
+    @property
+    def peak(self):
+        """What this forward pass needs in all: weights + inputs + activations."""
+        return self.weights + self.inputs + self.activations
+
+
+def peak_memory(function, example, *, device=None, dtype=None):
+    """Peak memory of one forward pass in inference mode, as a Memory.
+
+    Counted is what torch's allocators hand out: on CUDA its peak above what was held before, on a CPU every
+    allocation and release the profiler reports. The process's resident size is not used: it holds the
+    interpreter, libraries and freed pages the allocator keeps, and hardly moves with the model.
+    """
+    device, inputs = _device(example, device), _inputs(example)
+    tensors = []
+    if isinstance(function, torch.nn.Module):
+        tensors = [*function.parameters(), *function.buffers()]
+    with running([function], device, dtype):  # libraries' workspaces are made once, and are not the model's
+        function(*inputs)
+    meter = _cuda_activations if device.type == "cuda" else _cpu_activations
+    activations, device_peak = meter(function, inputs, device, dtype)
+    return Memory(_bytes(tensors), _bytes(inputs), activations, device_peak)
+
+
+def _bytes(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _cuda_activations(function, inputs, device, dtype):
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with running([function], device, dtype):
+        function(*inputs)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return peak - before, peak
+
+
+def _cpu_activations(function, inputs, device, dtype):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr from C++
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile, \
+            running([function], device, dtype):
+        function(*inputs)
+    return _peak(sorted(_allocations(profile.kineto_results.experimental_event_tree()))), None
+
+
+def _peak(allocations):
+    """Most bytes held at once, from (time, address, bytes) in order."""
+    held, level, peak = {}, 0, 0
+    for _, address, size in allocations:
+        if size > 0:
+            held[address] = size
+            level += size
+        else:  # a block from before the profile may be released with any size, and was never counted
+            level -= held.pop(address, 0)
+        peak = max(peak, level)
+    return peak
+
+
+def _allocations(events):
+    """(time in ns, address, bytes; negative when released) of every CPU allocation in a profile."""
+    stack = list(events)
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        fields = event.extra_fields
+        if hasattr(fields, "alloc_size") and fields.device.type == "cpu":
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
+
+
+# -------------------------------------------------------------------------------------------- energy
+
+@dataclass(frozen=True)
+class Energy:
+    """Watts under load and before it, joules an image; all None where not measured, and `reason` says why."""
+
+    watts: float | None
+    joules_per_image: float | None
+    idle_watts: float | None
+    images: int = 0
+    source: str | None = None
+    reason: str = ""
+
+
+def energy_per_image(function, example, *, device=None, dtype=None, seconds=3.0, idle_seconds=2.0):
+    """Power while a function or model runs on `example` (B ...) again and again, and energy an image.
+
+    The idle baseline is read first, over `idle_seconds`, and is not subtracted. Both windows must be at least
+    2 s, since the card's counter moves in steps of 0.1 s (else the reading says it is not measured).
+    """
+    device, inputs = _device(example, device), _inputs(example)
+    with EnergyMeter(device) as idle:
+        if idle.available:
+            _synchronize(device)
+            time.sleep(idle_seconds)
+    if not idle.available:
+        return Energy(None, None, None, reason=idle.reason)
+    once = latency(function, example, device=device, dtype=dtype, warmup=3, seconds=0, min_runs=3).median_s
+    chunk, runs = max(1, int(0.1 / once)), 0  # the device never idles for a synchronisation longer than 1 %
+    with running([function], device, dtype), EnergyMeter(device) as load:
+        start = time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            for _ in range(chunk):
+                function(*inputs)
+            _synchronize(device)
+            runs += chunk
+    reading, images = load.reading, runs * len(inputs[0])
+    if reading.watts is None:
+        return Energy(None, None, idle.reading.watts, images, reason=reading.reason)
+    joules = reading.watts * elapsed / images
+    return Energy(reading.watts, joules, idle.reading.watts, images, reading.source, idle.reading.reason)

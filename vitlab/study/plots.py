@@ -1,0 +1,244 @@
+"""Every figure of the study, in one theme that colour-blind readers can tell apart."""
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+
+from vitlab.metrics.measure import COLUMNS, show
+from vitlab.utils.files import atomic
+
+WIDTH = 7.5  # inches: the column of a notebook
+MARKERS = "osD^vPX*<>"
+
+
+def theme():
+    """The one look: seaborn's colour-blind palette on white, quiet grid, readable sizes."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.9)
+    plt.rcParams.update({
+        "figure.dpi": 100, "savefig.dpi": 160, "savefig.bbox": "tight", "axes.spines.top": False,
+        "axes.spines.right": False, "grid.alpha": 0.4, "legend.frameon": False, "image.interpolation": "nearest",
+        "figure.constrained_layout.use": True, "pdf.fonttype": 42,
+    })  # fmt: skip
+
+
+def save(figure, path):
+    """Write `figure` to path.png and path.pdf, each whole or not at all; the figure comes back."""
+    path = Path(path)
+    for kind in ("png", "pdf"):
+        # no date in the PDF: the same figure is the same file
+        extra = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
+        with atomic(path.with_name(f"{path.name}.{kind}")) as part:
+            figure.savefig(part, format=kind, **extra)
+    return figure
+
+
+def axis(name):
+    """The label of a measured column, with its unit."""
+    column = COLUMNS[name]
+    return f"{column.label} ({column.unit})" if column.unit else column.label
+
+
+def colours(names):
+    """{name: (colour, marker)}, the same for the same order of names."""
+    names = list(dict.fromkeys(names))
+    palette = sns.color_palette("colorblind")
+    # past ten names the markers are shifted, so that no two names look the same
+    shape = [MARKERS[(i + i // len(palette)) % len(MARKERS)] for i in range(len(names))]
+    return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
+
+
+def pictures(images, titles=None, *, columns=10, rows=None, size=0.75):
+    """A sheet of uint8 images N C H W. rows: names written at the left of each row of `columns` images."""
+    count = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(count, columns, figsize=(columns * size, count * size * 1.12), squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if i < len(images):
+            ax.imshow(images[i].permute(1, 2, 0).cpu().numpy())
+            if titles:
+                ax.set_title(titles[i], fontsize=7, pad=2)
+        if rows and i % columns == 0:
+            ax.text(-0.12, 0.5, rows[i // columns], transform=ax.transAxes, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def patches(image, patch):
+    """One uint8 image C H W beside the patches a ViT cuts it into, in the order it reads them."""
+    channels, height, width = image.shape
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.7, WIDTH * 0.36))
+    axes[0].imshow(image.permute(1, 2, 0).cpu())
+    axes[0].set_title(f"{height} x {width} pixels", fontsize=9)
+    grid = (height // patch, width // patch)
+    gap = max(1, patch // 4)
+    step = patch + gap
+    sheet = np.full((grid[0] * step - gap, grid[1] * step - gap, channels), 255, np.uint8)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            part = image[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].permute(1, 2, 0).cpu()
+            sheet[i * step : i * step + patch, j * step : j * step + patch] = part
+    axes[1].imshow(sheet)
+    axes[1].set_title(f"{grid[0] * grid[1]} tokens of {patch} x {patch}", fontsize=9)
+    for ax in axes:
+        ax.set_axis_off()
+    return figure
+
+
+def curves(arms, columns=("loss", "val_accuracy")):
+    """Training curves: one panel a column, one line an arm, the seeds' range shaded."""
+    labels = {"loss": "training loss", "val_accuracy": "validation accuracy (%)", "accuracy": "train accuracy (%)",
+              "val_loss": "validation loss"}  # fmt: skip
+    figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 3), squeeze=False)
+    look = colours(arm.name for arm in arms)
+    for ax, column in zip(axes[0], columns):
+        for name, (colour, marker) in look.items():
+            histories = [arm.history for arm in arms if arm.name == name]
+            # of an arm that came with the project only the last epoch is known
+            whole = max(histories, key=len)
+            runs = [h[column] for h in histories if len(h) == len(whole)]
+            runs = np.array([[math.nan if v is None else v for v in run] for run in runs], float)
+            epochs = whole["epoch"]
+            ax.plot(epochs, runs.mean(0), color=colour, marker=marker, markersize=4, label=name,
+                    markevery=max(1, len(epochs) // 8))  # fmt: skip
+            if len(runs) > 1:
+                ax.fill_between(epochs, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
+        ax.set(xlabel="epoch", ylabel=labels.get(column, column))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][-1].legend(fontsize=8)
+    return figure
+
+
+def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="arm"):
+    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds."""
+    figure, axes = plt.subplots(1, len(costs), figsize=(WIDTH, 3.1), sharey=True, squeeze=False)
+    look = colours(rows[by])
+    for ax, cost in zip(axes[0], costs):
+        for name, group in rows.groupby(by, sort=False):
+            colour, marker = look[name]
+            x, y = group[cost] * COLUMNS[cost].scale, group[quality]
+            error = y.std() if len(y) > 1 else None
+            ax.errorbar(x.median(), y.mean(), yerr=error, fmt=marker, color=colour, label=name, markersize=7)
+        ax.set(xscale="log", xlabel=axis(cost))
+        _plain_log(ax.xaxis)
+    axes[0][0].set_ylabel(axis(quality))
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _plain_log(axis_):
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis_.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis_.set_minor_formatter(NullFormatter())
+
+
+def bars(frame, *, unit, title=""):
+    """Grouped horizontal bars: one group a row, one bar a column of `frame`; missing values are left out."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.6 + 0.22 * frame.shape[0] * (frame.shape[1] + 0.8)))
+    palette = sns.color_palette("colorblind", frame.shape[1])
+    height = 0.8 / frame.shape[1]
+    for i, column in enumerate(frame.columns):
+        at = np.arange(len(frame)) + (i - (frame.shape[1] - 1) / 2) * height
+        drawn = ax.barh(at, frame[column], height * 0.92, color=palette[i], label=column)
+        texts = ["" if v != v else f" {v:,.4g}" for v in frame[column]]
+        ax.bar_label(drawn, texts, fontsize=7)
+    ax.set_yticks(np.arange(len(frame)), frame.index)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel=unit, title=title)
+    ax.margins(x=0.12)
+    if frame.shape[1] > 1:  # below the axis label, whatever the height
+        below = -0.6 / (0.22 * frame.shape[0] * (frame.shape[1] + 0.8))
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncols=frame.shape[1])
+    return figure
+
+
+def heatmap(frame, *, label, digits=1, centre=None, title="", annotate=None):
+    """A DataFrame as a heatmap; values are written in when there is room (at most 15 columns)."""
+    annotate = frame.shape[1] <= 15 if annotate is None else annotate
+    height = 1.0 + 0.32 * frame.shape[0]
+    figure, ax = plt.subplots(figsize=(min(WIDTH, 2.5 + 0.6 * frame.shape[1]), height))
+    colour = "vlag" if centre is not None else "cividis"
+    sns.heatmap(frame, annot=annotate, fmt=f".{digits}f", cmap=colour, center=centre, ax=ax, linewidths=0.5,
+                annot_kws={"fontsize": 7}, cbar_kws={"label": label})  # fmt: skip
+    ax.set_title(title)
+    ax.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def confusion(matrix, classes, *, title=""):
+    """Confusion matrix, each row (the truth) in % of its images; with many classes the names are thinned."""
+    counts = np.asarray(matrix, float)
+    shares = 100 * counts / np.clip(counts.sum(1, keepdims=True), 1, None)
+    side = min(WIDTH, 3 + 0.32 * len(classes))
+    figure, ax = plt.subplots(figsize=(side, side * 0.85))
+    few = len(classes) <= 20
+    sns.heatmap(shares, annot=few, fmt=".0f", cmap="cividis", ax=ax, square=True, vmin=0, vmax=100,
+                xticklabels=classes if few else False, yticklabels=classes if few else False,
+                annot_kws={"fontsize": 7}, cbar_kws={"label": "% of the class's images", "shrink": 0.8})  # fmt: skip
+    ax.set(xlabel="predicted", ylabel="truth", title=title)
+    return figure
+
+
+def per_class(scores, classes):
+    """Accuracy of each class: one marker an arm; scores: {arm: per-class % (or the mean over seeds)}.
+
+    With more than 30 classes the 15 worst and the 15 best of the first arm are shown.
+    """
+    first = np.array(next(iter(scores.values())), float)
+    order = np.argsort(first)
+    if len(order) > 30:
+        order = np.concatenate([order[:15], order[-15:]])
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.24 * len(order)))
+    for name, (colour, marker) in colours(scores).items():
+        values = np.array(scores[name], float)[order]
+        ax.plot(values, np.arange(len(order)), marker, color=colour, label=name, markersize=6, alpha=0.85)
+    ax.set_yticks(np.arange(len(order)), [classes[i] for i in order])
+    ax.set(xlabel="accuracy of the class (%)", xlim=(0, 101), ylim=(-0.6, len(order) - 0.4))
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def attention(images, maps, titles=None):
+    """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
+    names = list(maps)
+    count = len(images)
+    figure, axes = plt.subplots(1 + len(names), count, figsize=(WIDTH, WIDTH / count * (1 + len(names)) * 1.06),
+                                squeeze=False)  # fmt: skip
+    for i in range(count):
+        picture = images[i].permute(1, 2, 0).cpu().numpy()
+        axes[0][i].imshow(picture)
+        if titles:
+            axes[0][i].set_title(titles[i], fontsize=8)
+        for row, name in enumerate(names, 1):
+            large = torch.nn.functional.interpolate(maps[name][i][None, None].float().cpu(), picture.shape[:2])
+            axes[row][i].imshow(picture.mean(2), cmap="gray")
+            axes[row][i].imshow(large[0, 0], cmap="magma", alpha=0.6, vmin=0, vmax=1)
+    for row, name in enumerate(["image", *names]):
+        axes[row][0].text(-0.08, 0.5, name, transform=axes[row][0].transAxes, rotation=90, ha="right", va="center",
+                          fontsize=8)  # fmt: skip
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure
+
+
+def table(rows, columns, by="arm"):
+    """A DataFrame to read: one line an arm, mean ± standard deviation over seeds, "not measured" where so."""
+    import pandas as pd
+
+    lines = {}
+    for name, group in rows.groupby(by, sort=False):
+        lines[name] = {}
+        for column in columns:
+            values = group[column].dropna() if column in group else []
+            mean = float(np.mean(values)) if len(values) else None
+            text = show(mean, column)
+            if len(values) > 1:
+                text += f" ± {show(float(np.std(values, ddof=1)), column)}"
+            lines[name][axis(column)] = text
+        lines[name]["seeds"] = len(group)
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis(by)

@@ -1,0 +1,209 @@
+"""Arms of a pruning study: cut from a trained arm, trained on, pruned bit by bit; sweeps over criteria."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+
+import torch
+
+from vitlab.compress.pruning import structured as S
+from vitlab.metrics.measure import accuracy, compare
+from vitlab.metrics.predict import logits
+from vitlab.study import plots
+from vitlab.study.claims import NOISE
+from vitlab.study.study import Arm
+from vitlab.train.loop import History, cross_entropy
+from vitlab.utils.device import device_of, example
+from vitlab.utils.files import digest
+
+KINDS = ("qk", "v", "mlp")
+
+
+def gated(study, spec, data, seed, *, l1, kinds=KINDS, build):
+    """The Arm of a `zoo.Spec` trained with gates under an L1 penalty; its model is a `GatedViT`."""
+    return study.arm(
+        spec, data, seed, build=lambda config: S.GatedViT(build(config), kinds), objective=S.L1(l1),
+        variant=["gates", list(kinds), l1], name=f"{spec.name} gated",
+    )  # fmt: skip
+
+
+def cut(arm, masks, name, title):
+    """The Arm of the smaller model that `masks` leave of an arm's, not trained further ({}: gates folded in)."""
+    small = S.slim(arm.model, masks).eval()
+    chosen = {k: m.int().tolist() for k, m in masks.items()}
+    spec = dataclasses.replace(arm.spec, name=name, title=title, config=small.config)
+    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec)
+
+
+def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, how="", changes=()):
+    """The Arm that starts from an arm's weights and trains on: recipe: fields set otherwise than in its own.
+
+    how: plain data that tells the objective apart (teacher's key, temperature, ...); it is part of the key, as
+    is the key of the arm it starts from. changes: what differs from what was published.
+    """
+    spec = dataclasses.replace(
+        arm.spec, name=name, title=title, recipe=dataclasses.replace(arm.spec.recipe, **recipe),
+        changes=(*arm.spec.changes, *changes),
+    )  # fmt: skip
+    start = copy.deepcopy(arm.model)
+    return study.arm(
+        spec, data, arm.seed, build=lambda _: start, objective=objective, variant=["from", arm.key, how], name=name
+    )
+
+
+def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
+    """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided."""
+    start, steps, epochs = S.shape_of(arm.model).macs(), [], recipe["epochs"]
+    if not 1 <= rounds <= epochs:
+        raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
+    for i in range(rounds):
+        target = int(start * (macs / start) ** ((i + 1) / rounds))
+        scores = S.score(arm.model, "taylor", kinds=kinds, data=calibrated(arm, data, images))
+        masks = S.select(S.shape_of(arm.model), scores, macs=target, multiple=multiple)
+        part = epochs * (i + 1) // rounds - epochs * i // rounds
+        last = i + 1 == rounds
+        arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part},
+                    name if last else f"{name} round {i + 1}", title)  # fmt: skip
+        steps.append(arm)
+    return arm, steps
+
+
+def calibrated(arm, data, images):
+    """The calibration batches of an arm's seed."""
+    size = S.shape_of(arm.model).image_size
+    return S.calibration(data, images, seed=arm.seed, size=size)
+
+
+def same(first, second, data, *, images=256, tolerance=1e-4):
+    """Largest difference of two models' logits over the first validation images, relative to their size.
+
+    ValueError where it exceeds the tolerance: a cut that is not exact must stop a notebook.
+    """
+    split, found = data.val.take(images), []
+    for model in (first, second):
+        found.append(logits(model, split, mean=data.mean, std=data.std)[0])
+    error = ((found[0] - found[1]).abs().max() / found[0].abs().max().clamp_min(1e-6)).item()
+    if not error <= tolerance:
+        raise ValueError(f"the two models differ by {error:.1e} of their largest logit; allowed: {tolerance:.0e}")
+    return error
+
+
+def validated(model, data, dtype=None):
+    """Accuracy (%) on the validation images, on which choices are made."""
+    return accuracy(model, data.val, mean=data.mean, std=data.std, num_classes=data.num_classes, dtype=dtype).top1
+
+
+def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=0.5):
+    """Every way of choosing what goes, at every share of the MACs, without training on: a DataFrame.
+
+    ways: criteria, or {name: {"criterion", "kinds", and options of `select`}}. Columns: way, share, macs,
+    accuracy (%, validation images), latency_ms (of a batch; all models are timed against each other in turn,
+    the unpruned one with them), images. The first row is unpruned; a share that a way cannot reach has no row.
+    """
+    import pandas as pd
+
+    shape, dtype = S.shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
+    ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
+    models = {("unpruned", 1.0): S.slim(arm.model).eval()}
+    for name, options in ways.items():
+        options = {"criterion": name, "kinds": KINDS, "multiple": multiple} | options
+        batches = calibrated(arm, data, images)
+        scores = S.score(arm.model, options.pop("criterion"), kinds=options.pop("kinds"), data=batches, seed=arm.seed)
+        for share in shares:
+            with contextlib.suppress(S.BudgetImpossible):  # such as MLPs alone, far down
+                masks = S.select(shape, scores, macs=share * shape.macs(), **options)
+                models[name, share] = S.slim(arm.model, masks).eval()
+    side = (shape.in_chans, shape.image_size, shape.image_size)
+    first = next(iter(models.values()))
+    times = compare(models, example(first, side, batch), dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
+    return pd.DataFrame([
+        {"way": name[0], "share": name[1], "macs": model.config.macs(), "images": batch,
+         "accuracy": validated(model, data, dtype), "latency_ms": times[name].median_s * 1e3}
+        for name, model in models.items()
+    ])  # fmt: skip
+
+
+def ranking(rows, title=""):
+    """Accuracy against MACs and against latency of a `sweep`, one line a way; dashed: unpruned."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
+    whole, cuts = rows[rows.way == "unpruned"].iloc[0], rows[rows.way != "unpruned"]
+    for ax, column, unit in zip(axes, ("macs", "latency_ms"), (1e-6, 1.0)):
+        for name, (colour, marker) in plots.colours(cuts.way).items():
+            line = cuts[cuts.way == name].sort_values("macs")
+            ax.plot(line[column] * unit, line.accuracy, color=colour, marker=marker, markersize=5, label=name)
+        ax.axhline(whole.accuracy, color="0.4", linestyle="--", linewidth=1)
+        ax.plot(whole[column] * unit, whole.accuracy, "k*", markersize=10, label="unpruned")
+    axes[0].set(xlabel="MACs (M)", ylabel="validation accuracy (%)", title=title)
+    axes[1].set(xlabel=f"latency of {int(whole.images)} images (ms)")
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    return figure
+
+
+def kept_share(config, masks):
+    """What is left under `masks`, in %: a DataFrame, a row a block; columns: query/key, value, MLP and, of
+    the value channels, each head."""
+    import pandas as pd
+
+    lines = {}
+    for i, block in enumerate(config.blocks):
+        part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
+        line = {"q, k": part["qk"].mean(), "v": part["v"].mean(), "MLP": part["mlp"].mean()}
+        widths = [v for _, v in block.each_head]
+        of_heads = masks.get(f"blocks.{i}.v", torch.ones(block.v)).float().split(widths)
+        line |= {f"head {j + 1}": head.mean() for j, head in enumerate(of_heads)}
+        lines[f"block {i + 1}"] = {k: 100 * v.item() for k, v in line.items()}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def relative(rows, columns, base):
+    """Change of `columns` in % of the arm `base` of the same seed; a DataFrame with arm and seed.
+
+    A value that was not measured stays missing.
+    """
+    import pandas as pd
+
+    first = rows[rows.arm == base].set_index("seed")
+    numbers = rows[columns].astype(float)
+    below = first.loc[rows.seed, columns].astype(float).to_numpy()
+    return pd.concat([rows[["arm", "seed"]], 100 * (numbers / below - 1)], axis=1)
+
+
+def run_noise(rows):
+    """Standard deviation (points) to expect of one run's accuracy: `claims.NOISE` and the finite test set."""
+    part = rows.accuracy_top1.mean() / 100
+    sampling = 100 * math.sqrt(part * (1 - part) / rows.n.min())
+    return math.hypot(NOISE["accuracy"], sampling)
+
+
+def published_export(arm, masks):
+    """The slim model as the published export makes it: gates forgotten, channels dealt out evenly to the heads.
+
+    The kept channels of a block keep their order and are split into equal heads wherever they came from; what
+    does not divide is left out at the end. For showing what that costs; `cut` is what to use.
+    """
+    core = arm.model.core if isinstance(arm.model, S.GatedViT) else arm.model
+    exact, blocks = S.slim(core, masks), []
+    state = exact.state_dict()
+    for i, block in enumerate(exact.config.blocks):
+        heads = len(block.each_head) and len(core.config.blocks[i].each_head)
+        qk, v = (block.qk // heads, block.v // heads) if heads else (0, 0)
+        if heads:
+            at, total = f"blocks.{i}.attn.", (block.qk, block.qk, block.v)
+            for name in ("qkv.weight", "qkv.bias"):
+                if at + name in state:
+                    parts = state[at + name].split(total)
+                    state[at + name] = torch.cat([p[: heads * n] for p, n in zip(parts, (qk, qk, v))])
+            state[at + "proj.weight"] = state[at + "proj.weight"][:, : heads * v]
+        blocks.append(dataclasses.replace(block, heads=((heads, qk, v),) if heads else ()))
+    model = S.SlimViT(dataclasses.replace(exact.config, blocks=tuple(blocks)))
+    model.load_state_dict(state)
+    return model.to(device_of(arm.model)).eval()
+
+
+__all__ = [
+    "calibrated", "cut", "gated", "kept_share", "published_export", "ranking", "relative", "run_noise", "same",
+    "step_by_step", "sweep", "tuned", "validated",
+]  # fmt: skip

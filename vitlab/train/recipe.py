@@ -1,0 +1,110 @@
+"""How to train, as plain data: optimiser, schedule, regularisation, precision."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitlab.data.augment import Augment
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training recipe. Two arms with equal recipes differ in nothing but their model and data.
+
+    epochs, batch (images a step; the last, smaller batch of an epoch is left out), optimizer "adamw" | "adam" |
+    "sgd" (Nesterov), lr (peak), weight_decay (decoupled for AdamW; never on biases, norms, tokens and
+    positions), warmup (epochs, linear), schedule "cosine" (to min_lr) | "constant",
+    smoothing (of labels), mixup and cutmix (Beta parameters, 0 = off), mix_off (last epochs without mixing),
+    augment (spec of `vitlab.data.augment.Augment`), clip (gradient norm), ema (decay of the averaged weights),
+    dtype "auto" (bfloat16 autocast on CUDA, else float32) | "float32" | "bfloat16",
+    compile "auto" (on CUDA) | "on" | "off".
+    """
+
+    epochs: int = 10
+    batch: int = 128
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple = (0.9, 0.999)
+    momentum: float = 0.9
+    warmup: float = 0.0
+    schedule: str = "cosine"
+    min_lr: float = 0.0
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_off: int = 0
+    augment: str = "crop(4)+flip"
+    clip: float | None = None
+    ema: float | None = None
+    dtype: str = "auto"
+    compile: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        choices = {"optimizer": OPTIMIZERS, "schedule": ("cosine", "constant"), "dtype": ("auto", *DTYPES),
+                   "compile": ("auto", "on", "off")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("epochs", "batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is needed")
+        for name in ("lr", "weight_decay", "warmup", "min_lr", "mixup", "cutmix", "mix_off"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a finite number of at least 0 is needed")
+        Augment(self.augment)  # a spec that cannot be read is refused here, not an hour later
+        for name in ("smoothing", "ema"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number in [0, 1) is needed")
+
+    def lr_at(self, epoch, steps):
+        """The learning rate at a (fractional) epoch; `steps` steps an epoch.
+
+        Warm-up is linear and its first step is not wasted at zero: lr * (step + 1) / warm-up steps.
+        """
+        if epoch < self.warmup:
+            return self.lr * min(1.0, (epoch * steps + 1) / (self.warmup * steps))
+        if self.schedule == "constant":
+            return self.lr
+        done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def torch_dtype(self, device):
+        """The autocast precision on `device`."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return DTYPES[self.dtype]
+
+    def compiles(self, device):
+        """Whether torch.compile is used on `device`."""
+        return self.compile == "on" or (self.compile == "auto" and torch.device(device).type == "cuda")
+
+    def build_optimizer(self, model, objective, device):
+        """The optimiser of the model's (and the objective's) trainable parameters, with and without decay."""
+        named = [*model.named_parameters()]
+        if isinstance(objective, nn.Module):
+            named += [(f"objective.{n}", p) for n, p in objective.named_parameters()]
+        decayed, free = [], []
+        for name, parameter in named:
+            if parameter.requires_grad:
+                (free if is_undecayed(name, parameter) else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups = [g for g in groups if g["params"]]
+        if not groups:
+            raise ValueError("the model has no parameter that wants a gradient")
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        return kind(groups, lr=self.lr, betas=self.betas, fused=torch.device(device).type in ("cuda", "cpu"))
+
+
+def is_undecayed(name, parameter):
+    """Biases, norms, gates, tokens and positions take no weight decay."""
+    return parameter.ndim <= 1 or name.split(".")[-1] in ("cls_token", "dist_token", "reg_token", "pos_embed")

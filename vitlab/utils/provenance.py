@@ -1,0 +1,41 @@
+"""Where a number comes from: code, versions, hardware, time."""
+
+import contextlib
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from vitlab.utils.device import device_name
+
+PACKAGES = ("vitlab", "torch", "torchvision", "timm", "ptflops", "numpy")
+
+
+def provenance(device):
+    """{"commit", "dirty", "versions", "device", "finished"}: plain data to stand in a row.
+
+    `dirty` says that the package, notebooks or presets had changes that were not committed (None: no git).
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    changed = _git("status", "--porcelain", "--", "vitlab", "notebooks", "presets")
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") or None,
+        "dirty": None if changed is None else bool(changed),
+        "versions": versions,
+        "device": device_name(device),
+        "cuda": torch.version.cuda if torch.device(device).type == "cuda" else None,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None
