@@ -1,31 +1,20 @@
 """How long a model of a given shape takes: timed directly, or added up from a table measured once."""
 
 import bisect
-import statistics
-import time
 from dataclasses import replace
 
 import torch
 
 from vitlab.compress.pruning.shape import SlimBlock
 from vitlab.compress.pruning.slim import SlimViT
-from vitlab.utils.device import running
+from vitlab.metrics.meters import latency
 
 
 def timed(config, batch=64, repeats=10, device="cpu", dtype=None):
     """Median time in ms of a forward pass of `batch` images through a model of this shape, warmed up."""
     model = SlimViT(config).eval().to(device)
     images = torch.randn(batch, config.in_chans, config.image_size, config.image_size, device=device)
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times = []
-    with running([model], torch.device(device), dtype):
-        for _ in range(repeats + 3):
-            wait()
-            start = time.perf_counter()
-            model(images)
-            wait()
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[3:])
+    return 1e3 * latency(model, images, dtype=dtype, warmup=3, seconds=0, min_runs=repeats).median_s
 
 
 class LatencyTable:
