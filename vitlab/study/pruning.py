@@ -8,7 +8,7 @@ import torch
 from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
-from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.gates import L1, GatedConfig, GatedViT
 from vitlab.compress.pruning.slim import SlimViT
 from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
