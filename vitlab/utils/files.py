@@ -49,6 +49,31 @@ def plain(value):
     return value
 
 
+LATER = {"later": True}  # metadata of a field that came later: left out of an `identity` while it has its default
+
+
+def identity(value):
+    """What tells `value` (a config, a recipe, ...) apart, as plain data to make keys of.
+
+    A field that is declared `field(default=..., metadata=LATER)` is left out while it has its default, so that what was
+    trained before there was that field keeps its key. Configs within a config come with their kind.
+    """
+
+    def inner(value):
+        kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
+        return identity(value) if kind is None else {"kind": kind} | identity(value)
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f for f in dataclasses.fields(value)
+                  if not (f.metadata.get("later") and getattr(value, f.name) == f.default)]  # fmt: skip
+        return {f.name: inner(getattr(value, f.name)) for f in fields}
+    if isinstance(value, dict):
+        return {str(k): inner(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inner(v) for v in value]
+    return plain(value)
+
+
 def write_text(path, text):
     """Write `text` (UTF-8) to `path`, whole or not at all."""
     with atomic(path) as part:

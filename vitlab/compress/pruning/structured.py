@@ -5,7 +5,7 @@
     small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
 
 or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`; or
-bit by bit with recovery, `prune_and_recover`. `save`/`load` keep any result with its configuration.
+bit by bit with recovery, `prune_and_recover`. `vitlab.models.checkpoint` saves and loads any result.
 """
 
 import copy
@@ -15,16 +15,18 @@ import torch
 from vitlab.compress.pruning.budget import BudgetImpossible, select
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.criteria import CRITERIA, calibration, score
-from vitlab.compress.pruning.gates import L1, GatedViT, load_gated, save_gated
+from vitlab.compress.pruning.gates import L1, GatedConfig, GatedViT
 from vitlab.compress.pruning.latency import LatencyTable, timed
 from vitlab.compress.pruning.shape import KINDS, SlimBlock, SlimConfig, kept, narrow, sizes
-from vitlab.compress.pruning.slim import SlimViT, load, save
+from vitlab.compress.pruning.slim import SlimViT
 from vitlab.train.loop import cross_entropy, fit
 
 
 def shape_of(model):
     """The `SlimConfig` of a model: its widths, `.macs()` and `.parameters()`."""
-    return model.config if isinstance(model, (SlimViT, GatedViT)) else as_slim(model).config
+    if isinstance(model, GatedViT):
+        return model.shape
+    return model.config if isinstance(model, SlimViT) else as_slim(model).config
 
 
 def masked(model, masks):
@@ -150,7 +152,7 @@ def prune_and_recover(
 
 
 __all__ = [
-    "CRITERIA", "KINDS", "L1", "BudgetImpossible", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig", "SlimViT",
-    "as_slim", "calibration", "kept", "load", "load_gated", "masked", "narrow", "prune", "prune_and_recover", "save",
-    "save_gated", "score", "select", "shape_of", "sizes", "slim", "timed",
+    "CRITERIA", "KINDS", "L1", "BudgetImpossible", "GatedConfig", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig",
+    "SlimViT", "as_slim", "calibration", "kept", "masked", "narrow", "prune", "prune_and_recover", "score", "select",
+    "shape_of", "sizes", "slim", "timed",
 ]  # fmt: skip
