@@ -146,6 +146,8 @@ def _read(path):
         if meta.get("format") != FORMAT:
             raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    if missing := {"config", "about"} - set(meta):
+        raise ValueError(f"its metadata has no {', '.join(sorted(missing))}")
     return Stored(from_dict(json.loads(meta["config"])), json.loads(meta["about"]), tensors)
 
 
