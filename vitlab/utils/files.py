@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+LATER = {"later": True}  # metadata of a dataclass field that was added after arms had been trained
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -49,29 +51,30 @@ def plain(value):
     return value
 
 
-LATER = {"later": True}  # metadata of a field that came later: left out of an `identity` while it has its default
-
-
 def identity(value):
-    """What tells `value` (a config, a recipe, ...) apart, as plain data to make keys of.
+    """What tells a configuration or recipe (a dataclass) from others, as plain data: what keys are made of.
 
-    A field that is declared `field(default=..., metadata=LATER)` is left out while it has its default, so that what was
-    trained before there was that field keeps its key. Configs within a config come with their kind.
+    A field declared with `metadata=LATER` is left out while it has its default, so that the keys of what was
+    trained before the field existed stay as they were. Models' configurations within it come with their kind.
     """
-
-    def inner(value):
-        kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
-        return identity(value) if kind is None else {"kind": kind} | identity(value)
-
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f for f in dataclasses.fields(value)
-                  if not (f.metadata.get("later") and getattr(value, f.name) == f.default)]  # fmt: skip
-        return {f.name: inner(getattr(value, f.name)) for f in fields}
+        told = [f for f in dataclasses.fields(value)
+                if not (f.metadata.get("later") and getattr(value, f.name) == _default(f))]  # fmt: skip
+        return {f.name: _inner(getattr(value, f.name)) for f in told}
     if isinstance(value, dict):
-        return {str(k): inner(v) for k, v in value.items()}
+        return {str(k): _inner(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [inner(v) for v in value]
+        return [_inner(v) for v in value]
     return plain(value)
+
+
+def _inner(value):
+    kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
+    return identity(value) if kind is None else {"kind": kind} | identity(value)
+
+
+def _default(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def write_text(path, text):
