@@ -5,9 +5,12 @@ objective = Distill(teacher, kind="hard", alpha=0.5)                   # Touvron
 objective = Distill(teacher, kind="zscore", temperature=2, alpha=0.9)  # Sun et al. 2024
 objective = Distill(teacher, alpha=0, terms=[Locality(192, 8, (128, 256))])   # Li et al. 2022
 fit(student, data, recipe, objective=objective)
+
+Each says of itself what changes a number (`describe`), the teacher by a digest of its weights.
 """
 
 import copy
+import hashlib
 import inspect
 
 import torch
@@ -17,6 +20,8 @@ from torch import nn
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.train.loop import hits
+from vitlab.utils.device import eager
+from vitlab.utils.files import plain
 
 KINDS = ("soft", "hard", "zscore")
 
@@ -50,6 +55,11 @@ class Distill(nn.Module):
     @property
     def teacher(self):
         return self._held[0]
+
+    def describe(self):
+        """All that tells this objective from another, as plain data to make keys of."""
+        return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha,
+                "teacher": fingerprint(self.teacher), "terms": [term.describe() for term in self.terms]}  # fmt: skip
 
     def _apply(self, fn, recurse=True):
         self.teacher._apply(fn)
@@ -97,7 +107,42 @@ def standardised(logits):
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
-class Features(nn.Module):
+def fingerprint(model):
+    """A short hexadecimal digest of a model: its class, its config if it has one, and its weights and buffers."""
+    found = hashlib.sha256(f"{type(model).__qualname__} {plain(getattr(model, 'config', None))}".encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+class Term(nn.Module):
+    """What compares a student's inside with a teacher's: mean over `pairs` of (student's layer, teacher's layer).
+
+    weight: of the term in the loss. shapes: (student's, teacher's channels) of each pair that needs a linear
+    projection of the student's; they start the same whatever was drawn before.
+    """
+
+    def __init__(self, pairs, weight, grid=None, shapes=()):
+        super().__init__()
+        self.pairs, self.weight, self.grid = tuple(tuple(pair) for pair in pairs), weight, grid
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.projectors = nn.ModuleList(nn.Linear(*dims) for dims in shapes)
+
+    def describe(self):
+        return {"term": self.name, "pairs": self.pairs, "weight": self.weight}
+
+    def forward(self, seen, known, images):
+        """The term (0-d) of the student's and the teacher's intermediates of images B C H W."""
+        return sum(self.distance(seen, known, k, *pair) for k, pair in enumerate(self.pairs)) / len(self.pairs)
+
+    def projected(self, seen, block, k):
+        """The student's patch tokens of a block, as wide as the teacher's: B N C."""
+        return self.projectors[k](_patches(seen, block, self.grid, "student"))
+
+
+class Features(Term):
     """Term: tokens of student blocks against those of teacher blocks, both ViTs with the same patch grid.
 
     Mean squared error between the teacher's patch tokens and a linear projection of the student's, both
@@ -108,20 +153,13 @@ class Features(nn.Module):
     name = "features"
 
     def __init__(self, dims, grid, pairs=((-1, -1),), weight=1.0):
-        super().__init__()
-        self.grid, self.pairs, self.weight = grid, tuple(pairs), weight
-        self.projectors = nn.ModuleList(nn.Linear(*dims) for _ in pairs)
+        super().__init__(pairs, weight, grid, [dims] * len(pairs))
 
-    def forward(self, seen, known, images):
-        total = 0
-        for projector, (i, j) in zip(self.projectors, self.pairs):
-            own, goal = _patches(seen, i, self.grid, "student"), _patches(known, j, self.grid, "teacher")
-            own, goal = projector(own).float(), goal.float()
-            total = total + F.mse_loss(F.layer_norm(own, own.shape[-1:]), F.layer_norm(goal, goal.shape[-1:]))
-        return total / len(self.pairs)
+    def distance(self, seen, known, k, i, j):
+        return _error(self.projected(seen, i, k), _patches(known, j, self.grid, "teacher"))
 
 
-class AttentionMaps(nn.Module):
+class AttentionMaps(Term):
     """Term: KL divergence of attention rows, teacher || student, heads averaged (after MiniLM, 2020).
 
     Both models need the same tokens. pairs as in `Features`.
@@ -130,21 +168,17 @@ class AttentionMaps(nn.Module):
     name = "attention"
 
     def __init__(self, pairs=((-1, -1),), weight=1.0):
-        super().__init__()
-        self.pairs, self.weight = tuple(pairs), weight
+        super().__init__(pairs, weight)
 
-    def forward(self, seen, known, images):
-        total = 0
-        for i, j in self.pairs:
-            own, goal = seen["attention"][i], known["attention"][j]
-            if own is None or goal is None or own.shape[-1] != goal.shape[-1]:
-                raise ValueError(f"attention maps of student block {i} and teacher block {j} cannot be compared")
-            own, goal = own.float().mean(1).clamp_min(1e-9), goal.float().mean(1).clamp_min(1e-9)
-            total = total + (goal * (goal.log() - own.log())).sum(-1).mean()
-        return total / len(self.pairs)
+    def distance(self, seen, known, k, i, j):
+        own, goal = seen["attention"][i], known["attention"][j]  # B heads N N
+        if own is None or goal is None or own.shape[-1] != goal.shape[-1]:
+            raise ValueError(f"attention maps of student block {i} and teacher block {j} cannot be compared")
+        own, goal = (rows.float().mean(1).clamp_min(1e-9).log().flatten(0, 1) for rows in (own, goal))
+        return kl_divergence(own, goal)
 
 
-class Locality(nn.Module):
+class Locality(Term):
     """Term: features of a small CNN guide the ViT's patch tokens (Li et al. 2022, "Locality guidance").
 
     The student's patch tokens of a block, as a grid, pass a 1x1 convolution; the CNN's feature map, resized
@@ -157,25 +191,24 @@ class Locality(nn.Module):
     name = "locality"
 
     def __init__(self, dim, grid, channels, pairs=None, depth=6, weight=1.0):
-        super().__init__()
         count = len(channels)
         spread = [round((k + 1) * depth / count) - 1 for k in range(count)]
-        self.pairs = tuple(pairs or zip(spread, range(-count, 0)))
-        if len(self.pairs) != count:
-            raise ValueError(f"{len(self.pairs)} pairs for the channels of {count} CNN stages")
-        self.grid, self.weight = grid, weight
-        self.projectors = nn.ModuleList(nn.Linear(dim, c) for c in channels)
+        pairs = tuple(pairs or zip(spread, range(-count, 0)))
+        if len(pairs) != count:
+            raise ValueError(f"{len(pairs)} pairs for the channels of {count} CNN stages")
+        super().__init__(pairs, weight, grid, [(dim, c) for c in channels])
 
-    def forward(self, seen, known, images):
+    def distance(self, seen, known, k, i, stage):
         if "features" not in known:
             raise ValueError("Locality needs a CNN teacher that gives 'features' (vitlab.models.resnet.ResNet)")
-        total = 0
-        for projector, (i, stage) in zip(self.projectors, self.pairs):
-            own = projector(_patches(seen, i, self.grid, "student")).float()  # B N C
-            goal = known["features"][stage].float()
-            goal = _regrid(goal, self.grid).flatten(2).transpose(1, 2)  # B C g g -> B N C
-            total = total + F.mse_loss(F.layer_norm(own, own.shape[-1:]), F.layer_norm(goal, goal.shape[-1:]))
-        return total / len(self.pairs)
+        goal = _regrid(known["features"][stage].float(), self.grid).flatten(2).transpose(1, 2)  # B C g g -> B N C
+        return _error(self.projected(seen, i, k), goal)
+
+
+def _error(own, goal):
+    """Mean squared error of features B N C, both standardised over their channels."""
+    own, goal = (F.layer_norm(x.float(), x.shape[-1:]) for x in (own, goal))
+    return F.mse_loss(own, goal)
 
 
 def _regrid(features, grid):
@@ -199,10 +232,7 @@ def _frozen(teacher, intermediates):
 
     Where terms look inside it, a ViT of timm's becomes its `SlimViT`, which shows its intermediates.
     """
-    teacher = getattr(teacher, "_orig_mod", teacher)
+    teacher = eager(teacher)
     if intermediates and "intermediates" not in inspect.signature(teacher.forward).parameters:
         teacher = as_slim(teacher)
     return copy.deepcopy(teacher).eval().requires_grad_(False)
-
-
-__all__ = ["AttentionMaps", "Distill", "Features", "Locality", "standardised"]
