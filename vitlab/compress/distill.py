@@ -138,7 +138,7 @@ class Term(nn.Module):
 
     def distance(self, seen, known, k, i, j):
         """Mean squared error of the k-th pair's features B N C, both standardised over their channels."""
-        own, goal = self.projectors[k](_patches(seen, i, self.grid, "student")), self.goal(known, j)
+        goal, own = self.goal(known, j), self.projectors[k](_patches(seen, i, self.grid, "student"))
         return F.mse_loss(*(F.layer_norm(x.float(), x.shape[-1:]) for x in (own, goal)))
 
 
