@@ -34,10 +34,10 @@ def test_our_baseline_keeps_to_its_budget():
 
 
 def test_a_model_of_any_kind_can_be_scaled_by_its_own_fields(monkeypatch):
-    cnn = dataclasses.replace(zoo.get("ours"), name="cnn", config=ResNetConfig(widths=(8, 16)))
+    cnn = dataclasses.replace(zoo.get("ours"), name="cnn", config=ResNetConfig(widths=(8, 16, 16, 16)))
     monkeypatch.setitem(zoo.SPECS, "cnn", cnn)
-    spec = zoo.scaled("cnn", {"widths": (4, 8), "epochs": 2})
-    assert spec.config.widths == (4, 8) and "widths (4, 8) instead of (8, 16)" in spec.why
+    spec = zoo.scaled("cnn", {"widths": (4, 8, 8, 8), "epochs": 2})
+    assert spec.config.widths == (4, 8, 8, 8) and "widths (4, 8, 8, 8) instead of (8" in spec.why
     with pytest.raises(ValueError, match=r"cnn has no dim; its fields: .*widths"):
         zoo.scaled("cnn", {"dim": 8})
 
