@@ -10,7 +10,6 @@ Each says of itself what changes a number (`describe`), the teacher by a digest 
 """
 
 import copy
-import hashlib
 import inspect
 
 import torch
@@ -19,9 +18,9 @@ from torch import nn
 
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
 from vitlab.utils.device import eager
-from vitlab.utils.files import plain
 
 KINDS = ("soft", "hard", "zscore")
 
@@ -104,15 +103,6 @@ class Distill(nn.Module):
 def standardised(logits):
     """Logits B K with mean 0, standard deviation 1 per image (Sun et al. 2024, "Logit standardization")."""
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
-def fingerprint(model):
-    """A short hexadecimal digest of a model: its class, its config if it has one, and its weights and buffers."""
-    found = hashlib.sha256(f"{type(model).__qualname__} {plain(getattr(model, 'config', None))}".encode())
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
 
 
 class Term(nn.Module):
