@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -55,17 +56,22 @@ def identity(value):
     """What tells a configuration or recipe (a dataclass) from others, as plain data: what keys are made of.
 
     A field declared with `metadata=LATER` is left out while it has its default, so that the keys of what was
-    trained before the field existed stay as they were. Configurations within it are treated likewise.
+    trained before the field existed stay as they were. Models' configurations within it come with their kind.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         told = [f for f in dataclasses.fields(value)
                 if not (f.metadata.get("later") and getattr(value, f.name) == _default(f))]  # fmt: skip
-        return {f.name: identity(getattr(value, f.name)) for f in told}
+        return {f.name: _inner(getattr(value, f.name)) for f in told}
     if isinstance(value, dict):
-        return {str(k): identity(v) for k, v in value.items()}
+        return {str(k): _inner(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [identity(v) for v in value]
+        return [_inner(v) for v in value]
     return plain(value)
+
+
+def _inner(value):
+    kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
+    return identity(value) if kind is None else {"kind": kind} | identity(value)
 
 
 def _default(field):
@@ -95,3 +101,23 @@ def digest(value, length=12):
     """A short hexadecimal SHA-256 of plain data; dictionaries hash the same in any key order."""
     text = json.dumps(plain(value), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def described(method):
+    """What tells an objective or a hook apart, as plain data to make keys of.
+
+    One with a `describe()` says it itself: plain data with all that changes what it does, to which the name of its
+    class is added. A function of a module is known by its qualified name. ValueError for anything else, since a
+    lambda or a function of a notebook may be another one next time.
+    """
+    function = inspect.isfunction(method)
+    name = (method if function else type(method)).__qualname__
+    if hasattr(method, "describe"):
+        return [name, plain(method.describe())]
+    if function and "<" not in name and method.__module__ != "__main__":
+        return f"{method.__module__}.{name}"
+    raise ValueError(
+        f"{name} does not say what it does, so that a trained model could not be told from another: give it a "
+        f"method `describe()` (a function an attribute: {name}.describe = lambda: {{...}}) that returns all its "
+        "settings as plain data"
+    )
