@@ -5,6 +5,7 @@ random hangs on `recipe.seed` and the epoch, and the state is kept in one atomic
 was killed and started again ends where an undisturbed one would (bit for bit on the CPU).
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
@@ -114,7 +116,9 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
                 run.reshaped(hook(epoch, model, history))
         row = run.epoch(epoch, name, lambda: state.save(history.rows), save_within)
         start = time.perf_counter()
-        row |= _validation(run.ema_or_model, data, run.dtype) if validate and len(data.val) else {}
+        if validate and len(data.val):
+            with run.averaged():
+                row |= _validation(model, data, run.dtype)
         row["seconds"] += time.perf_counter() - start
         history.rows.append(row)
         if log:
@@ -165,9 +169,15 @@ class _Run:
             before, module = ema.module.state_dict(), self.ema.module
             module.load_state_dict({k: carry(k, before[k]) for k in module.state_dict()})
 
-    @property
-    def ema_or_model(self):
-        return self.model if self.ema is None else self.ema.module
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model itself with its averaged weights, if there are any, for a block: hooks may have set it up."""
+        own = None if self.ema is None else {k: v.clone() for k, v in self.model.state_dict().items()}
+        if own:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        yield
+        if own:
+            self.model.load_state_dict(own)
 
     def epoch(self, epoch, name, save, save_within):
         """One pass over the training images, or what is left of one; the device is asked for numbers at the end."""
@@ -175,7 +185,9 @@ class _Run:
         draw = rng.generator(self.recipe.seed, "augment", epoch, device=self.device)
         order = rng.generator(self.recipe.seed, "shuffle", epoch, device=self.device)
         stream = batches(self.data.train, self.recipe.batch, generator=order, drop_last=True)
-        bar = _bar(self.steps, f"{name} epoch {epoch + 1}/{self.recipe.epochs}".strip())
+        # in a notebook or a log file the line per epoch is the progress; a bar there leaves litter
+        title, quiet = f"{name} epoch {epoch + 1}/{self.recipe.epochs}".strip(), not sys.stderr.isatty()
+        bar = tqdm(total=self.steps, desc=title, leave=False, disable=quiet)
         begun, self.begun = self.begun, {}
         if begun:
             draw.set_state(begun.pop("draw").cpu())
@@ -271,13 +283,6 @@ def _writer(folder, resumed, log):
             log("TensorBoard is not installed (pip install tensorboard): its scalars are not written")
         return None
     return SummaryWriter(folder, purge_step=resumed + 1)
-
-
-def _bar(total, text):
-    from tqdm import tqdm
-
-    # in a notebook or a log file the line per epoch is the progress; a bar there leaves litter
-    return tqdm(total=total, desc=text, leave=False, disable=not sys.stderr.isatty())
 
 
 def _line(name, row, epochs, history):
