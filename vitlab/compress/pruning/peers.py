@@ -5,10 +5,10 @@ import warnings
 
 import torch
 
-from vitlab.compress.distill import fingerprint
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.shape import narrow
 from vitlab.metrics.predict import input_size
+from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
 
 
