@@ -150,11 +150,6 @@ def test_relative_is_to_the_same_seed_and_keeps_what_is_missing():
     assert found.x.tolist() == [0, 0, -50, 50] and found.power_w.isna().all()
 
 
-def test_run_noise_is_that_of_the_seed_and_of_the_images():
-    rows = pd.DataFrame({"accuracy_top1": [40.0, 60.0], "n": [100, 100]})
-    assert pruned.run_noise(rows) == pytest.approx((0.5**2 + 5**2) ** 0.5)
-
-
 def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, base):
     whole = torch.ones(32, dtype=torch.bool)
     even, uneven = whole.clone(), whole.clone()
