@@ -131,8 +131,9 @@ def ranking(rows, title=""):
             ax.plot(line[column] * unit, line.accuracy - before.accuracy, color=colour, marker=marker, markersize=5,
                     label=name)  # fmt: skip
         ax.plot(before[column] * unit, 0, "k*", markersize=10, label="unpruned", linestyle="none")
-        ax.set_yscale("symlog", linthresh=1)
+        ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
     axes[0].set(xlabel="MACs (M)", ylabel="change in validation\naccuracy (points)", title=title)
     axes[1].set(xlabel=f"latency of {int(before.images)} images (ms)")
     figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
