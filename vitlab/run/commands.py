@@ -1,75 +1,73 @@
-"""`vitlab train | evaluate | measure`: the study's models, loop and measuring stick on the command line.
+"""What the commands of `vitlab` do; each takes the parsed options and returns the exit code."""
 
-Only the standard library is imported at the top, as in `vitlab.cli`.
-"""
-
-import argparse
 import dataclasses
-from pathlib import Path
+import signal
+import sys
 
-ATTENTIONS = ("softmax", "linear", "ripple", "hydra")
 STATE = ".training"  # appended to the checkpoint's name: what a stopped run goes on from
-
-TRAIN_HELP = """\
-Train a ViT as the linear-attention project does (S4/baseline in vitlab/zoo.py: AdamW, cosine, smoothing, mixup;
-10 of 200 epochs are warm-up, in that proportion for other lengths), with any of four attentions."""
+INTERRUPTED_CODE = 130
 
 
-def add(commands):
-    """Add the three sub-commands to the parser of `vitlab`."""
-    add_train(commands)
-    add_evaluate(commands)
-    add_measure(commands)
+def run(options):
+    """Run what the options ask for."""
+    from vitlab.run import notebooks, runner
+
+    project = notebooks.project(options.project)
+    if options.list:
+        print(listing(project))
+        return 0
+    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
+    print(f"preset {preset}: {why}", flush=True)
+    given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
+    jobs = runner.plan(project, preset, options.only, options.seeds, given)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout, options.jobs)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED_CODE
+    print("\n" + runner.summary(project, jobs, outcomes), flush=True)
+    code = runner.exit_code(outcomes)
+    if any(o.status in (runner.PAUSED, runner.WAITING) for o in outcomes):
+        without = "" if options.resume else ", without --fresh,"
+        print(f"\nThe budget is spent; the same command{without} goes on from here.", flush=True)
+    return code
 
 
-def add_train(commands):
-    sub = commands.add_parser("train", help="train a ViT", description=TRAIN_HELP, allow_abbrev=False,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    sub.add_argument("--attention", choices=ATTENTIONS, default="softmax", help="the attention of every block")
-    sub.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
-    for name, kind, default, text in (
-        ("epochs", int, 200, "passes over the training images"), ("batch-size", int, 128, "images a step"),
-        ("lr", float, 3e-4, "peak learning rate"), ("dim", int, 384, "width"), ("depth", int, 12, "blocks"),
-        ("heads", int, 6, "heads"), ("patch-size", int, 4, "pixels"), ("image-size", int, 32, "pixels"),
-        ("seed", int, 0, "seed of everything random"),
-    ):  # fmt: skip
-        sub.add_argument(f"--{name}", type=kind, default=default, help=text)
-    # no defaults here: given with another attention they are a mistake
-    sub.add_argument("--ripple-stages", type=int, default=argparse.SUPPRESS, help="1 to 4 (published: 3)")
-    sub.add_argument("--hydra-branches", type=int, default=argparse.SUPPRESS, help="1 to 8 (published: 4)")
-    sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
-    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
-    sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
-    sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.set_defaults(action=train)
+def listing(project):
+    """The notebooks, and where each preset stands, as text."""
+    from vitlab.run import notebooks, runner
+
+    presets = notebooks.presets(project.source)
+    standing = {(job.notebook.stem, preset): runner.standing(project, job)
+                for preset in presets for job in runner.plan(project, preset)}  # fmt: skip
+    lines = [(n.stem, *(standing[n.stem, p] for p in presets), n.title) for n in notebooks.find(project.source)]
+    return runner.columns([("notebook", *presets, "title"), *lines])
 
 
-def add_evaluate(commands):
-    sub = commands.add_parser("evaluate", help="accuracy, by class too, of a trained model", allow_abbrev=False)
-    _which(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
-    sub.set_defaults(action=evaluate)
+def report(options):
+    """Write README's computed parts, RESULTS.md and CLAIMS.md, or say which of them are stale."""
+    from vitlab.run import notebooks, report
+
+    root = notebooks.project().source
+    changed = report.stale(root) if options.check else report.refresh(root)
+    for name in changed:
+        print(f"{name} is stale: run `vitlab report`" if options.check else f"{name} was written")
+    if not changed:
+        print("everything is up to date")
+    return int(options.check and bool(changed))
 
 
-def add_measure(commands):
-    sub = commands.add_parser("measure", help="size, operations, time, memory of a model", allow_abbrev=False)
-    _which(sub, required=False)
-    sub.add_argument("--timm", metavar="NAME", help="a model of timm's, with random weights, in place of a checkpoint")
-    sub.add_argument("--batch-size", type=int, default=256, help="images in a pass for throughput and memory")
-    sub.add_argument("--seconds", type=float, default=2.0, help="for each timing")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
-    sub.set_defaults(action=measure)
+def data(options):
+    """Load each data set (which fetches, checks and caches it) and print what is in it."""
+    from vitlab.data.datasets import load
 
+    for name in options.name:
+        found = load(name, root=options.root)
+        parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
+        print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
+    return 0
 
-def _which(sub, required=True):
-    sub.add_argument("--checkpoint", type=Path, required=required, metavar="FILE", help="what `vitlab train` wrote")
-    sub.add_argument("--dataset", help="default: what the checkpoint was trained on" if required else
-                     "read accuracy on it, too (with --timm: its number of classes only)")  # fmt: skip
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-
-
-# ------------------------------------------------------------------------------------------- actions
 
 def train(options):
     """Train as asked; the exit code. The model is written to --checkpoint, a description beside it (.json)."""
