@@ -188,7 +188,7 @@ def _mean(values, column):
     if not len(values):
         return "not measured"
     text = show(float(values.mean()), column)
-    return text + (f" ± {show(float(values.std(ddof=1)), column)}" if len(values) > 1 else "")
+    return text + (f" ± {show(float(values.std(ddof=1)), column)}" if values.nunique() > 1 else "")
 
 
 def claims_page(evidence):

@@ -231,28 +231,22 @@ def run_one(project, job, terms, part=False):
 
 
 def _publish(project, job, scratch, said):
+    """Keep the executed copy, with what ran, from which code, on what, and how that went (`said`)."""
+    from vitlab.utils.provenance import provenance
+
+    origin = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
+    said |= {name: origin[name] for name in ("commit", "dirty", "versions", "finished")} | {
+        "device": cuda_device() or origin["device"], "source_sha256": job.notebook.source_sha256,
+        "preset": job.preset, "parameters": json.loads(json.dumps(job.parameters)),
+        "rows": len(project.rows(job.preset, job.notebook.stem)),
+    }  # fmt: skip
     failed = said["status"] == FAILED
     node = publish.clean(nbformat.read(scratch, as_version=4), project)
-    publish.save(node, executed_path(project, job, failed), said | _origin(project, job))
+    publish.save(node, executed_path(project, job, failed), said)
     if not failed:
         executed_path(project, job, failed=True).unlink(missing_ok=True)
         publish.render(executed_path(project, job))
     scratch.unlink()
-
-
-def _origin(project, job):
-    """What ran, with which parameters, from which code, on what."""
-    from vitlab.utils.provenance import provenance
-
-    origin = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
-    origin.pop("cuda", None)
-    return origin | {
-        "device": cuda_device() or origin["device"],
-        "source_sha256": job.notebook.source_sha256,
-        "preset": job.preset,
-        "parameters": json.loads(json.dumps(job.parameters)),
-        "rows": len(project.rows(job.preset, job.notebook.stem)),
-    }
 
 
 # ------------------------------------------------------------------------------------------- summary

@@ -15,7 +15,6 @@ from pathlib import Path
 from vitlab.utils.files import digest
 
 PACKAGE = Path(__file__).parents[1]
-VARIABLE = "VITLAB_STAMP"  # in a kernel's environment: what its rows are stamped with
 
 # What can only affect presentation, and is left out of every stamp with all that lies below: a module's whole name, or
 # the last part of it, and why.
