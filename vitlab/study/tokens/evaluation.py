@@ -19,7 +19,7 @@ from vitlab.compress.tokens.search import at_macs
 from vitlab.data.augment import normalize
 from vitlab.metrics import measure
 from vitlab.metrics.predict import input_size, kl_divergence
-from vitlab.models import vit
+from vitlab.models import checkpoint
 from vitlab.study import zoo
 from vitlab.study.study import Arm
 from vitlab.train.loop import History
@@ -28,7 +28,7 @@ from vitlab.utils.device import device_of, running
 
 def shipped(path, device="cpu", name="ours"):
     """The Arm of a trained model that lies in the project folder at `path`; how it was trained is not known."""
-    model = vit.load(Path(__file__).parents[3] / path).to(device).eval()
+    model = checkpoint.load(Path(__file__).parents[3] / path).to(device).eval()
     spec = dataclasses.replace(zoo.get(name), config=model.config, changes=(f"the trained model {path}",))
     return Arm(name, 0, "shipped", model, History(), spec)
 
