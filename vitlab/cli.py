@@ -76,7 +76,6 @@ def add_train(commands):
     sub.add_argument("--model", default="vit", metavar="KIND", help="vit (default), resnet, timm:NAME, ...")
     sub.add_argument("--dataset", default="cifar100", help="cifar10, cifar100 (default), tiny-imagenet, tiny or "
                      "folder:PATH")
-    # no defaults here: given with another attention they are a mistake
     sub.add_argument("--ripple-stages", type=positive(int), help="with --attention ripple: 1 to 4 (published: 3)")
     sub.add_argument("--hydra-branches", type=positive(int), help="with --attention hydra: 1 to 8 (published: 4)")
     sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
@@ -84,6 +83,7 @@ def add_train(commands):
     sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
     sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
 
 
 def add_evaluate(commands):
@@ -92,6 +92,7 @@ def add_evaluate(commands):
     sub.add_argument("--dataset", help="default: what the model was trained on")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
 
 
 def add_measure(commands):
@@ -103,6 +104,7 @@ def add_measure(commands):
     sub.add_argument("--seconds", type=positive(float), default=2.0, help="for each timing")
     sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
 
 
 def add_report(commands):
@@ -117,6 +119,7 @@ def add_data(commands):
     sub = commands.add_parser("data", help="fetch, check and describe data sets", allow_abbrev=False)
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
     sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
 
 
 # -------------------------------------------------------------------------------------------- values
@@ -207,7 +210,7 @@ def main(arguments=None):
 
         return getattr(commands, options.command)(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_CODE
 
 
