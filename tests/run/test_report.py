@@ -75,3 +75,9 @@ def test_a_readme_without_its_markers_is_refused(study):
     (study.source / "README.md").write_text("<!-- status -->\n")
     with pytest.raises(ValueError, match="0 pairs of <!-- projects -->"):
         report.render(study.source)
+
+
+def test_readme_parts_are_filled_between_their_markers_only():
+    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- status -->\n<!-- /status -->\n"
+    filled = report.fill(text, {"results": "new\n", "status": "ran\n"})
+    assert filled == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n<!-- status -->\nran\n<!-- /status -->\n"

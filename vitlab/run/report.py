@@ -9,8 +9,7 @@ from pathlib import Path
 from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
-from vitlab.study import claims
-from vitlab.study.claims import Verdict
+from vitlab.study import claims, verdicts
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
@@ -107,7 +106,7 @@ def projects(evidence):
     lines = []
     for project, (text, number, arm, control) in HEADLINES.items():
         quoted = re.sub(r"\{(.+?)\}", lambda m: claims.get(m[1]).text, text)
-        lines.append([claims.projects()[project]["name"], quoted, *_found(evidence, number, arm, control)])
+        lines.append([claims.PROJECTS[project].split(":")[0], quoted, *_found(evidence, number, arm, control)])
     return markdown(["project", "its headline", "found here, against the same training without it", "evidence"], lines)
 
 
@@ -193,21 +192,23 @@ def _mean(values, column):
 
 def claims_page(evidence):
     """CLAIMS.md: every claim with what was measured and its verdict."""
-    verdicts = []
+    settled = []
     for stem in evidence.preset:
         found = evidence.special(stem, "claims")
         for row in found.get("verdicts", ()):
-            verdict = Verdict.from_row(row)
-            why = "; ".join(w for w in (verdict.reason, evidence.stale(stem, found)) if w)
+            old = verdicts.Verdict.from_row(row)
+            why = "; ".join(w for w in (old.reason, evidence.stale(stem, found)) if w)
             # settled again, so that all are judged by the present rules
-            verdicts.append(claims.settle(verdict.claim, verdict.values, as_published=verdict.as_published, why=why))
+            settled.append(verdicts.settle(old.claim, old.values, as_published=old.as_published, why=why))
+    known = {verdict.claim for verdict in settled}
+    settled += [verdicts.settle(c, None, as_published=False) for c in claims.load() if c.id not in known]
     parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
-             f"five projects published, and what it came to here. {claims.summary(verdicts)}\n"]  # fmt: skip
-    for name, project in claims.projects().items():
-        frame = claims.table(claims.select(project=name), verdicts)
+             f"five projects published, and what it came to here. {verdicts.summary(settled)}\n"]  # fmt: skip
+    for project, title in claims.PROJECTS.items():
+        frame = verdicts.table(claims.select(project=project), settled)
         lines = [[i, row.claimed, row.measured, row.verdict, row.note] for i, row in frame.iterrows()]
         table = markdown(["claim", "claimed", "measured", "verdict", "note"], lines)
-        parts.append(f"## {project['title']}\n\n{project['dataset']}; {project['recipe']}.\n\n{table}")
+        parts.append(f"## {title}\n\n{table}")
     return "\n".join(parts)
 
 

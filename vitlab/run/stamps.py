@@ -23,7 +23,7 @@ PRESENTATION = {
     "vitlab.run": "runs notebooks and reports on their rows",
     "vitlab.utils.provenance": "writes beside a number where it comes from",
     "vitlab.study.claims": "judges what was measured; `vitlab report` judges the same values again",
-    "vitlab.study.published": "as above",
+    "vitlab.study.verdicts": "as above",
     "plots": "draws what stands in rows",
     "panel": "controls for a reader; an executed notebook never moves them",
 }
