@@ -114,13 +114,14 @@ def _found(evidence, number, arm, control):
     """(what was found, on which evidence) for an arm beside its control."""
     stem = evidence.find(number)
     rows = evidence.rows[stem] if stem else None
-    if rows is None or not {arm, control} <= set(rows.arm):
+    named = None if rows is None else rows.arm.str.replace("-small", "")  # a scaled-down stand-in is called that
+    if rows is None or not {arm, control} <= set(named):
         return "nothing yet", f"notebook {number} has not run"
-    pair = [rows[rows.arm == name].groupby("seed").last() for name in (arm, control)]
+    pair = [rows[named == name].groupby("seed").last() for name in (arm, control)]
     gain = (pair[0].accuracy_top1 - pair[1].accuracy_top1).dropna()
     speed = (pair[0].images_per_s / pair[1].images_per_s).mean()
     spread = f" ± {gain.std():.2f}" if len(gain) > 1 else ""
-    last = rows[rows.arm == arm].iloc[-1]
+    last = rows[named == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down",
              evidence.stale(stem, last.to_dict())]  # fmt: skip
     return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(n for n in notes if n)

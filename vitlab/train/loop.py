@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -138,8 +137,8 @@ class _Run:
     """What stays the same over the epochs of one run."""
 
     def __init__(self, model, data, recipe, objective, device, checkpoint):
-        self.checkpoint = checkpoint
-        self.model, self.data, self.recipe, self.objective, self.device = model, data, recipe, objective, device
+        self.model, self.data, self.recipe, self.objective = model, data, recipe, objective
+        self.device, self.checkpoint = device, checkpoint
         self.dtype = recipe.torch_dtype(device)
         self.size = input_size(model, data.image_size)
         self.augment = Augment(recipe.augment, mean=data.mean)
@@ -230,14 +229,13 @@ class _Run:
 
     def stop(self, epoch, step, losses):
         before, recipe = losses[max(0, step - 3) : step].tolist(), self.recipe
-        advice = [f"a lower lr (now {recipe.lr:g})", f"more warmup (now {recipe.warmup:g} epochs)"]
-        advice += [f"clip=1.0 (now {recipe.clip})"] if not recipe.clip or recipe.clip > 1 else []
-        advice += ["dtype='float32'"] if self.dtype != torch.float32 else []
-        kept = self.checkpoint and Path(self.checkpoint).exists()
+        clip = "" if recipe.clip and recipe.clip <= 1 else f", clip=1.0 (now {recipe.clip})"
+        kept = self.checkpoint and os.path.exists(self.checkpoint)
         raise NotFinite(
             f"the loss became {losses[step].item()} at epoch {epoch + 1}, step {step + 1} of {self.steps} "
-            f"(before it: {', '.join(f'{v:.3g}' for v in before) or 'nothing'}). Try {' or '.join(advice)}."
-            f"{f' The last good state is kept: {self.checkpoint}' if kept else ''}"
+            f"(before it: {', '.join(f'{v:.3g}' for v in before) or 'nothing'}). Try a lower lr (now {recipe.lr:g}), "
+            f"more warmup (now {recipe.warmup:g} epochs){clip}{' or float32' * (self.dtype != torch.float32)}."
+            f"{f' The last good state is in {self.checkpoint}.' if kept else ''}"
         )
 
 
