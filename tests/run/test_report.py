@@ -19,7 +19,8 @@ def study(make):
     (project.source / "README.md").write_text(README)
     job, = runner.plan(project, "cpu")
     said = {"stamp": job.stamp(project), "device": "a CPU"}
-    for arm, accuracies, speed in (("S3/baseline", (60.0, 62.0), 100.0), ("S3/pruned-alpha-1.2-small", (59.0, 60.0), 150.0)):
+    arms = {"S3/baseline": ((60.0, 62.0), 100.0), "S3/pruned-alpha-1.2-small": ((59.0, 60.0), 150.0)}
+    for arm, (accuracies, speed) in arms.items():
         for seed, accuracy in enumerate(accuracies):
             row = {"arm": arm, "dataset": "cifar10", "seed": seed, "accuracy_top1": accuracy, "images_per_s": speed,
                    "macs": 2e6, "epochs": 3, "train_s": 60.0, "as_published": False}  # fmt: skip

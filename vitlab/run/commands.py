@@ -13,7 +13,9 @@ INTERRUPTED_CODE, BUDGET_CODE = 130, 75
 def run(options):
     """Run what the options ask for."""
     from vitlab.run import notebooks, runner
+    from vitlab.utils import threads
 
+    threads.wait_passively()  # kernels, too: they get this process's environment
     project = notebooks.project(options.project)
     if options.list:
         print(listing(project))
@@ -22,6 +24,7 @@ def run(options):
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
+    print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout, options.jobs)
@@ -73,6 +76,9 @@ def data(options):
 
 def train(options):
     """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
+    from vitlab.utils import threads
+
+    threads.wait_passively()
     from vitlab.data import datasets
     from vitlab.models import checkpoint, linear
     from vitlab.run import choices
@@ -92,6 +98,7 @@ def train(options):
     config = make(data)
     rng.seed_all(recipe.seed)
     model = config.build().to(device)
+    print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
     logs = options.logs or options.checkpoint.with_name(f"{options.checkpoint.name}.logs")

@@ -133,7 +133,7 @@ def environment(root, stamp, *, deadline=None, fresh=False, jobs=1):
 
     VITLAB_ROOT: where results go. VITLAB_STAMP: what rows are stamped with. VITLAB_DEADLINE: unix time by which
     training is to have stopped. VITLAB_FRESH: "1" where arms are to be trained again. VITLAB_JOBS: how many kernels
-    run side by side, where it is more than one; they share out the cores.
+    run side by side, where it is more than one.
     """
     wanted = {
         "VITLAB_ROOT": str(root),
@@ -145,8 +145,5 @@ def environment(root, stamp, *, deadline=None, fresh=False, jobs=1):
     }
     if data := os.environ.get("VITLAB_DATA"):
         wanted["VITLAB_DATA"] = str(Path(data).absolute())
-    if jobs > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        wanted |= {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "OMP_WAIT_POLICY": "passive"}
     everything = {**os.environ, **wanted}
     return {name: value for name, value in everything.items() if value is not None}
