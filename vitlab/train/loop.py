@@ -5,6 +5,7 @@ random hangs on `recipe.seed` and the epoch, and the state is kept in one atomic
 was killed and started again ends where an undisturbed one would (bit for bit on the CPU).
 """
 
+import dataclasses
 import math
 import os
 import sys
@@ -97,8 +98,10 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     """
     device = next(model.parameters()).device
     data = data.to(device)
-    if len(data.train) < recipe.batch:
-        raise ValueError(f"batch={recipe.batch} is larger than the {len(data.train)} training images")
+    if (images := len(data.train)) < recipe.batch:
+        if log:
+            log(f"batch={recipe.batch} is larger than the {images} training images: they are taken as one batch")
+        recipe = dataclasses.replace(recipe, batch=images)
     run = _Run(model, data, recipe, objective, device)
     history = History()
     rng.seed_all(recipe.seed)
