@@ -5,7 +5,7 @@ import sys
 
 
 def tensorboard_writer(folder, resumed, log):
-    """A writer of scalars into `folder` that goes on after `resumed` epochs; None without one, or without TensorBoard."""
+    """A writer of scalars into `folder` after `resumed` epochs; None without a folder or TensorBoard."""
     if not folder:
         return None
     try:
