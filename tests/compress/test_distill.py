@@ -1,6 +1,7 @@
 """Distillation losses against float64 formulas; the teacher's isolation from student and objective."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,14 +9,22 @@ import torch
 from scipy.special import log_softmax
 from torch import nn
 
-from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, soft_loss, standardised
-from vitlab.compress.pruning import structured as S
-from vitlab.models import resnet
+from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, standardised
+from vitlab.compress.pruning import slim
+from vitlab.compress.pruning.budget import select
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.criteria import score
+from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.structured import shape_of
+from vitlab.compress.pruning.structured import slim as cut
+from vitlab.metrics.predict import kl_divergence
+from vitlab.models import checkpoint
 from vitlab.models.resnet import ResNet, ResNetConfig
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.train.loop import Batch, fit
 from vitlab.train.recipe import Recipe
 from vitlab.utils import rng
+from vitlab.utils.files import plain
 
 TINY = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "heads": 3, "mlp_dim": 40}
 
@@ -52,7 +61,7 @@ def test_soft_and_standardised_losses():
     draw = rng.generator(0, "logits")
     own, goal = (3 * torch.randn(5, 10, generator=draw) for _ in range(2))
     for t in (1.0, 4.0, 20.0):
-        assert soft_loss(own, goal, t).item() == pytest.approx(formula_soft(own, goal, t), rel=1e-5)
+        assert t**2 * kl_divergence(own, goal, t).item() == pytest.approx(formula_soft(own, goal, t), rel=1e-5)
     z = goal.double().numpy()
     z = (z - z.mean(1, keepdims=True)) / z.std(1, ddof=1, keepdims=True)
     assert np.allclose(standardised(goal).numpy(), z, atol=1e-5)
@@ -171,6 +180,33 @@ def test_a_student_can_be_its_own_teacher():
     assert objective(model, batch())[0] > first + 0.1  # the teacher has not moved along
 
 
+def test_an_objective_tells_all_that_changes_a_number():
+    teacher, guide = cnn(), {"dim": 24, "grid": 4, "channels": (16,), "depth": 3}
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.head.weight[0, 0] += 1e-3
+    found = [
+        Distill(teacher), Distill(other), Distill(teacher, alpha=0.5), Distill(teacher, temperature=2.0),
+        Distill(teacher, kind="zscore"), Distill(teacher, terms=[Locality(**guide)]),
+        Distill(teacher, terms=[Locality(**guide, weight=2.0)]), Distill(student()),
+        Distill(teacher, terms=[Locality(**guide, pairs=((0, -1),))]), Distill(student(), terms=[AttentionMaps()]),
+        Distill(student(), terms=[Features((24, 24), 4)]),
+    ]  # fmt: skip
+    told = [json.dumps(plain(objective.describe())) for objective in found]
+    assert len(set(told)) == len(told)
+    assert json.dumps(plain(Distill(copy.deepcopy(teacher)).describe())) == told[0]
+
+
+def test_projectors_start_the_same_whatever_was_drawn_before():
+    first = Locality(24, 4, (12, 16))
+    torch.manual_seed(7)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    second = Locality(24, 4, (12, 16))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert torch.equal(torch.rand(1), drawn), "and nothing is drawn for them"
+
+
 def test_a_copy_and_a_move_take_the_teacher_along():
     objective = Distill(cnn(), terms=[Locality(24, 4, (16,), depth=3)]).to(torch.float64)
     assert next(objective.teacher.parameters()).dtype == torch.float64
@@ -202,14 +238,14 @@ def test_fit_trains_projectors_gates_and_slim_students():
     recipe = Recipe(epochs=2, batch=32, augment="", mixup=0.2, lr=1e-3)
     teacher = cnn()
     fit(teacher, dataset(), recipe, log=None)
-    gated = S.GatedViT(student())
-    objective = S.L1(1e-4, Distill(teacher, terms=[Locality(24, 4, (12, 16), depth=3)]))
+    gated = GatedViT(student())
+    objective = L1(1e-4, Distill(teacher, terms=[Locality(24, 4, (12, 16), depth=3)]))
     before = [p.detach().clone() for p in objective.parameters()]
     history = fit(gated, dataset(), recipe, objective=objective, log=None)
     assert len(before) == 4 and not any(torch.equal(a, b) for a, b in zip(before, objective.parameters()))
     assert {"kd", "locality", "l1", "agreement"} <= set(history.rows[0])
     assert not torch.equal(gated.gates["blocks_0_v"], torch.ones(24))
-    small = S.slim(gated, S.select(gated.config, S.score(gated, "gates"), ratio=0.3, multiple=4))
+    small = cut(gated, select(shape_of(gated), score(gated, "gates"), ratio=0.3, multiple=4))
     history = fit(small, dataset(), recipe, objective=Distill(teacher, kind="zscore"), log=None)
     assert history["loss"][1] < history["loss"][0]
 
@@ -240,19 +276,18 @@ def test_resnet9_has_its_published_size():
         side = other.config.image_size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             logits, seen = other(torch.randn(1, 3, side, side), intermediates=True)
-        assert counter.get_total_flops() == 2 * resnet.macs(other.config)
+        assert counter.get_total_flops() == 2 * other.config.macs()
         assert [f.shape[1] for f in seen["features"]] == list(other.config.widths)
         assert torch.equal(logits, other.head(seen["pooled"]) * 0.125)
 
 
 def test_resnet_saves_loads_and_refuses(tmp_path):
     model = cnn().eval()
-    resnet.save(model, tmp_path / "cnn.safetensors")
-    again = resnet.load(tmp_path / "cnn.safetensors")
+    checkpoint.save(model, tmp_path / "cnn.safetensors")
+    again = checkpoint.load(tmp_path / "cnn.safetensors")
     assert again.config == model.config and torch.equal(again(batch().images), model(batch().images))
-    S.save(S.as_slim(student()), tmp_path / "slim.safetensors")
-    with pytest.raises(ValueError, match="was not written"):
-        resnet.load(tmp_path / "slim.safetensors")
+    checkpoint.save(as_slim(student()), tmp_path / "slim.safetensors")
+    assert isinstance(checkpoint.load(tmp_path / "slim.safetensors"), slim.SlimViT)
     for wrong in ({"widths": ()}, {"widths": (8, 8), "residual": (2,)}, {"image_size": 30}):
         with pytest.raises(ValueError):
             ResNetConfig(**wrong)

@@ -5,7 +5,8 @@ import statistics
 
 import torch
 
-from vitlab.models.vit import ViT, attention_class, macs
+from vitlab.models.vit import ViT
+from vitlab.utils.device import evaluating
 
 PUBLISHED = {"ripple": {"stages": 3}, "hydra": {"branches": 4}}
 
@@ -45,24 +46,13 @@ def same_macs(spec, target, name):
     """
     config = spec.config
     tokens = config.tokens * 2 * config.dim + (9 * config.grid**2 if config.mlp == "conv" else 0)
-    width = config.mlp_dim + round((target - macs(config)) / (config.depth * tokens))
+    width = config.mlp_dim + round((target - config.macs()) / (config.depth * tokens))
     if width < 1:
         raise ValueError(f"{name}: {target:,} MACs are less than {spec.name} costs without its MLP")
     changes = (*spec.changes, f"mlp_dim {width} instead of {config.mlp_dim}")
     return dataclasses.replace(
         spec, name=name, title=name, config=dataclasses.replace(config, mlp_dim=width), changes=changes
     )
-
-
-def counted_macs(config):
-    """Closed-form multiply-accumulates of one image through a ViT with any attention that knows its own."""
-    if config.attention == "softmax":
-        return macs(config)
-    with torch.device("meta"):
-        build, arguments = attention_class(config.attention), dict(config.attention_args)
-        layer = build(config.dim, config.heads, config=config, **arguments)
-    softmax = 4 * config.tokens * config.dim**2 + 2 * config.tokens**2 * config.dim
-    return macs(config) + config.depth * (layer.macs() - softmax)
 
 
 def parameters(config):
@@ -89,16 +79,14 @@ def receptive_field(model, images):
     The mean over normalised images B C H W of |d (sum of its last features) / d pixel|, channels summed, scaled to
     a sum of 1. The model is run in eval mode; its mode is put back.
     """
-    training, config = model.training, model.config
-    model.eval()
+    config = model.config
     images = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         x = model.embed(images)
         for block in model.blocks:
             x = block(x)
         middle = config.prefix_tokens + (config.grid // 2) * (config.grid + 1)
         (slope,) = torch.autograd.grad(x[:, middle].sum(), images)
-    model.train(training)
     field = slope.abs().sum(dim=1).mean(dim=0)
     return field / field.sum()
 

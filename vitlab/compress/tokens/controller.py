@@ -12,6 +12,7 @@ from torch import nn
 
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import entropy
+from vitlab.utils.device import evaluating
 
 
 class PruneFrom:
@@ -240,12 +241,11 @@ def _fitted(table, seen, shares, price, epochs, lr, seed):
 @torch.no_grad()
 def _table(adaptive, images, labels, batch):
     """Cross-entropy of every image at every level, B levels, and the features, B 5."""
-    modes, rows, seen = adaptive.training, [], []
-    adaptive.eval()
-    for part, target in zip(images.split(batch), labels.split(batch)):
-        _, found, state = adaptive.gaze(part)
-        outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]
-        rows.append(torch.stack([F.cross_entropy(o.float(), target, reduction="none") for o in outs], dim=1))
-        seen.append(found)
-    adaptive.train(modes)
+    rows, seen = [], []
+    with evaluating(adaptive):
+        for part, target in zip(images.split(batch), labels.split(batch)):
+            _, found, state = adaptive.gaze(part)
+            outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]
+            rows.append(torch.stack([F.cross_entropy(o.float(), target, reduction="none") for o in outs], dim=1))
+            seen.append(found)
     return torch.cat(rows), torch.cat(seen)

@@ -6,9 +6,9 @@ prediction never depends on its batch-mates and the model compiles, exports and 
 
 import contextlib
 import dataclasses
-import json
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from vitlab.compress.tokens.adapter import anatomy
@@ -17,6 +17,7 @@ from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.schedule import RULES, check_counts, schedule
 from vitlab.compress.tokens.schedule import macs as closed_form
 from vitlab.compress.tokens.scores import SCORES, SIGNED
+from vitlab.models.checkpoint import Wrapper, as_dataclass, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,28 @@ class TokenConfig:
             raise ValueError(f"power={self.power}: a number of at least 0 is needed")
 
 
+@register("reduced")
+@dataclass(frozen=True, kw_only=True)
+class ReducedConfig(Wrapper):
+    """A ViT of the config `base` that runs on fewer tokens, as `tokens` (a TokenConfig) says."""
+
+    base: object
+    tokens: TokenConfig = TokenConfig()
+
+    def __post_init__(self):
+        object.__setattr__(self, "tokens", as_dataclass(TokenConfig, self.tokens))
+
+    def build(self):
+        """A TokenViT of this shape with new weights."""
+        return TokenViT(self.base.build(), self.tokens)
+
+    def macs(self):
+        """Multiply-accumulates of one image, in closed form."""
+        with torch.device("meta"):  # shapes are enough
+            base = self.base.build()
+        return TokenViT(base, self.tokens).macs()
+
+
 class TokenViT(nn.Module):
     """A ViT on fewer tokens. It shares parameters, buffers and submodules, under their names, with `plain`.
 
@@ -97,8 +120,9 @@ class TokenViT(nn.Module):
 
     @property
     def config(self):
-        """The configuration of the model inside (None for timm's)."""
-        return getattr(self.plain, "config", None)
+        """Both configurations, the model's and the reduction's (None for timm's)."""
+        base = getattr(self.plain, "config", None)
+        return base and ReducedConfig(base=base, tokens=self.token_config)
 
     @property
     def tokens(self):
@@ -170,40 +194,4 @@ def keep(model, config=None, **options):
     return TokenViT(model, config)
 
 
-def save(model, path):
-    """Write a TokenViT's weights with both configurations to one safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from vitlab.utils.files import atomic, plain
-
-    meta = {"format": "vitlab-tokens-1", "tokens": json.dumps(plain(model.token_config))}
-    if model.config is not None:
-        meta |= {"config": json.dumps(plain(model.config)), "model": type(model.plain).__name__}
-    with atomic(path) as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
-
-
-def load(path, model=None, device="cpu"):
-    """The TokenViT that `save` wrote, in eval mode. One around a timm model wants such a `model` to fill."""
-    from safetensors import safe_open
-
-    from vitlab.compress.pruning.shape import SlimConfig
-    from vitlab.compress.pruning.slim import SlimViT
-    from vitlab.models.vit import ViT, ViTConfig
-
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != "vitlab-tokens-1":
-            raise ValueError(f"{path} was not written by vitlab.compress.tokens.save (its metadata: {meta})")
-        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    if model is None and "config" not in meta:
-        raise ValueError(f"{path} holds a timm model's weights: pass such a model to load them into")
-    if model is None:
-        slim = meta.get("model") == "SlimViT"
-        build, shape = (SlimViT, SlimConfig) if slim else (ViT, ViTConfig)
-        model = build(shape(**json.loads(meta["config"])))
-    model.load_state_dict(state)
-    return keep(model, TokenConfig(**json.loads(meta["tokens"]))).eval().to(device)
-
-
-__all__ = ["TokenConfig", "TokenViT", "keep", "load", "save", "schedule"]
+__all__ = ["ReducedConfig", "TokenConfig", "TokenViT", "keep", "schedule"]

@@ -145,18 +145,18 @@ def _matching_macs(before, after, width, prefix, action):
 def macs(model):
     """Closed-form multiply-accumulates of one image through a `TokenViT` around our ViT or SlimViT, all counted."""
     from vitlab.compress.pruning.shape import SlimConfig
-    from vitlab.models import vit
 
-    parts, config, reduction = model.anatomy, model.config, model.token_config
+    parts, reduction = model.anatomy, model.token_config
+    config = getattr(model.plain, "config", None)
     if config is None:
         raise ValueError("the closed form is for vitlab's ViT; a timm model is counted by measuring it")
     slim = isinstance(config, SlimConfig)
     if not model.active:
-        return config.macs() if slim else vit.macs(config)
+        return config.macs()
     if slim:
         total = dataclasses.replace(config, blocks=()).macs()
     else:  # what is not in the blocks: the same configuration without its blocks' terms
-        total = 2 * vit.macs(dataclasses.replace(config, depth=1)) - vit.macs(dataclasses.replace(config, depth=2))
+        total = 2 * dataclasses.replace(config, depth=1).macs() - dataclasses.replace(config, depth=2).macs()
     before = whole = parts.prefix + parts.patches
     last, changed = parts.depth - 1, model.reducer.sized or model.reducer.local
     for layer, after in enumerate(model.tokens):

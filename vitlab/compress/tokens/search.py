@@ -6,21 +6,17 @@ import itertools
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from vitlab.compress.pruning.budget import BudgetImpossible
+from vitlab.compress.budget import BudgetImpossible, bisect
 from vitlab.compress.tokens.reduction import TokenConfig, keep
+from vitlab.metrics.predict import kl_divergence
 from vitlab.utils.device import device_of, running
 
 
 @torch.no_grad()
 def damage(model, reference, images, batch=256):
-    """Mean Kullback-Leibler divergence (nats) of `model`'s predictions from the logits `reference` (B K).
-
-    It needs no labels and, unlike accuracy, tells small changes apart.
-    """
-    found = torch.cat([model(part) for part in images.split(batch)]).float().log_softmax(1)
-    return F.kl_div(found, reference.log_softmax(1), reduction="batchmean", log_target=True).item()
+    """`kl_divergence` (nats) of `model`'s predictions of images B C H W from the logits `reference` (B K)."""
+    return kl_divergence(torch.cat([model(part) for part in images.split(batch)]).float(), reference).item()
 
 
 ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
@@ -145,10 +141,7 @@ def at_budget(model, budget, meter=None, config=None, **options):
         unit = "ms" if meter else "multiply-accumulates"
         least = min(costs.values())
         raise BudgetImpossible(f"{budget:,.6g} {unit}: alpha={config.alpha} reaches no less than {least:,.6g}")
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
-    return dataclasses.replace(config, r_max=high, counts=None)
+    return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
 
 
 def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), choices=None, seed=0, log=None):

@@ -18,8 +18,8 @@ from vitlab.compress.tokens.scores import SCORES
 from vitlab.compress.tokens.search import at_macs
 from vitlab.data.augment import normalize
 from vitlab.metrics import measure
-from vitlab.metrics.predict import input_size
-from vitlab.models import vit
+from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.models import checkpoint
 from vitlab.study import zoo
 from vitlab.study.study import Arm
 from vitlab.train.loop import History
@@ -28,7 +28,7 @@ from vitlab.utils.device import device_of, running
 
 def shipped(path, device="cpu", name="ours"):
     """The Arm of a trained model that lies in the project folder at `path`; how it was trained is not known."""
-    model = vit.load(Path(__file__).parents[3] / path).to(device).eval()
+    model = checkpoint.load(Path(__file__).parents[3] / path).to(device).eval()
     spec = dataclasses.replace(zoo.get(name), config=model.config, changes=(f"the trained model {path}",))
     return Arm(name, 0, "shipped", model, History(), spec)
 
@@ -69,9 +69,8 @@ class Probe:
         """{"accuracy", "lost" (points), "kl", "macs", "share" of the plain model's MACs} of a reduced model."""
         found = self.run(model)
         macs = model.macs() if macs is None else macs
-        kl = F.kl_div(found.log_softmax(1), self.logits.log_softmax(1), reduction="batchmean", log_target=True)
-        accuracy = self.score(found)
-        return {"accuracy": accuracy, "lost": self.accuracy - accuracy, "kl": kl.item(), "macs": macs,
+        accuracy, kl = self.score(found), kl_divergence(found, self.logits).item()
+        return {"accuracy": accuracy, "lost": self.accuracy - accuracy, "kl": kl, "macs": macs,
                 "share": macs / self.macs}  # fmt: skip
 
     def times(self, models, batch, seconds):
