@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 KINDS = {
     "vit": "vitlab.models.vit",
     "slim": "vitlab.compress.pruning.slim",
+    "favit": "vitlab.models.favit",
     "resnet": "vitlab.models.resnet",
     "gated": "vitlab.compress.pruning.gates",
     "reduced": "vitlab.compress.tokens.reduction",

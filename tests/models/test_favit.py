@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from vitlab.metrics import measure
+from vitlab.models import checkpoint
 from vitlab.models.factorized import probsparse, sparsity, window_attention
 from vitlab.models.favit import VARIANTS, FaViT, FaViTConfig
 
@@ -182,6 +183,13 @@ def test_the_sizes_that_a_refusal_names_do():
         except ValueError as refused:
             for named in str(refused).rpartition(": ")[2].split(" and "):
                 assert replace(SMALL, image_size=int(named)).image_size == int(named)
+
+
+def test_a_file_gives_the_same_model_back(tmp_path):
+    net, images = model(teams=("global", "local")), torch.randn(2, 3, 32, 32)
+    checkpoint.save(net, tmp_path / "favit.safetensors")
+    again = checkpoint.load(tmp_path / "favit.safetensors")
+    assert again.config == net.config and torch.equal(again(images), net(images))
 
 
 def test_images_of_another_size_are_refused():

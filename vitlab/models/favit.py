@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import nn
 
+from vitlab.models.checkpoint import register
 from vitlab.models.factorized import FactorizedAttention
 from vitlab.models.layers import DropPath
 
@@ -21,6 +22,7 @@ TEAMS = ("global", "local", "dilated")
 GLOBALS = ("probsparse", "full")
 
 
+@register("favit")
 @dataclass(frozen=True, kw_only=True)
 class FaViTConfig:
     """Shape of a `FaViT`, a stage an entry of dims, depths, heads, mlp_ratios and reductions.
