@@ -119,10 +119,20 @@ def cost_figure(rows):
 
 
 def tint(image, there, strength=0.82):
-    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white; H W C floats."""
-    cells = F.interpolate(there[None, None].float(), image.shape[-2:], mode="nearest")[0]
-    faded = image.float() / 255
-    return (faded * (1 - strength * (1 - cells)) + strength * (1 - cells)).permute(1, 2, 0)
+    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white; H W C floats.
+
+    An image of fewer pixels than the grid has cells is enlarged, so that no cell is lost.
+    """
+    scale = -(-4 * there.shape[-1] // image.shape[-1])
+    image = image.float().repeat_interleave(scale, 1).repeat_interleave(scale, 2) / 255
+    gone = 1 - F.interpolate(there[None, None].float(), image.shape[-2:], mode="nearest")[0]
+    return (image * (1 - strength * gone) + strength * gone).permute(1, 2, 0)
+
+
+def main_direction(grid):
+    """Grid H W C -> H W: the tokens along the direction in which they differ most (first principal component)."""
+    flat = grid.flatten(0, 1) - grid.flatten(0, 1).mean(0)
+    return (flat @ torch.linalg.svd(flat, full_matrices=False).Vh[0]).unflatten(0, grid.shape[:2])
 
 
 def sees(config, stage, query):
@@ -142,12 +152,12 @@ def sees(config, stage, query):
 
 
 def journey(image, grids, config):
-    """An image (uint8 C H W), the tokens of each stage (length of their vectors), what a middle query's teams see."""
+    """An image (uint8 C H W), the tokens of each stage (grids 1 H W C), what the teams of a query in the middle see."""
     figure, axes = plt.subplots(2, len(grids) + 1, figsize=(WIDTH * 1.2, WIDTH * 2.5 / (len(grids) + 1)))
     axes[0][0].imshow(image.permute(1, 2, 0))
     axes[0][0].set_title("image", fontsize=8)
     for ax, grid, stage in zip(axes[0][1:], grids, range(len(grids))):
-        ax.imshow(grid[0].norm(dim=-1).cpu(), cmap="cividis")
+        ax.imshow(main_direction(grid[0].float().cpu()), cmap="cividis")
         ax.set_title(f"stage {stage + 1}: {grid[0].shape[0] ** 2:,} tokens", fontsize=8)
     middle = (config.sides[0] // 2,) * 2
     views = sees(config, 0, middle)
@@ -155,7 +165,7 @@ def journey(image, grids, config):
         ax.set_axis_off()
     for ax, (team, there) in zip(axes[1], views.items()):
         ax.imshow(tint(image, there))
-        ax.plot(*[(m + 0.5) * image.shape[-1] / config.sides[0] - 0.5 for m in middle], "r+", markersize=8)
+        ax.plot(*[(m + 0.5) * ax.images[0].get_array().shape[1] / config.sides[0] - 0.5 for m in middle], "r+")
         ax.set_title(f"{team}: {int(there.sum()):,} of {there.numel():,}", fontsize=8)
     for ax in axes[0]:
         ax.set_xticks([])
