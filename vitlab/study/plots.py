@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study.noise import over_seeds
@@ -113,25 +115,32 @@ def curves(arms, columns=("loss", "val_accuracy")):
 
 
 def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="arm"):
-    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds."""
-    figure, axes = plt.subplots(1, len(costs), figsize=(WIDTH, 3.1), sharey=True, squeeze=False)
+    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds.
+
+    Accuracies on different data do not compare: each data set gets a row of panels of its own.
+    """
+    sets = list(dict.fromkeys(rows.dataset)) if "dataset" in rows else [None]
+    figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + 2.5 * len(sets)), sharey="row",
+                                sharex="col", squeeze=False)  # fmt: skip
     look = colours(rows[by])
-    for ax, cost in zip(axes[0], costs):
-        for name, group in rows.groupby(by, sort=False):
-            colour, marker = look[name]
-            x, y = group[cost] * COLUMNS[cost].scale, group[quality]
-            error = y.std() if len(y) > 1 else None
-            ax.errorbar(x.median(), y.mean(), yerr=error, fmt=marker, color=colour, label=name, markersize=7)
-        ax.set(xscale="log", xlabel=axis(cost))
-        _plain_log(ax.xaxis)
-    axes[0][0].set_ylabel(axis(quality))
-    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for panels, data in zip(axes, sets):
+        part = rows if data is None else rows[rows.dataset == data]
+        for ax, cost in zip(panels, costs):
+            for name, group in part.groupby(by, sort=False):
+                colour, marker = look[name]
+                x, y = group[cost] * COLUMNS[cost].scale, group[quality]
+                error = y.std() if len(y) > 1 else None
+                ax.errorbar(x.median(), y.mean(), yerr=error, fmt=marker, color=colour, label=name, markersize=7)
+            ax.set(xscale="log")
+            _plain_log(ax.xaxis)
+        panels[0].set_ylabel(axis(quality) + (f", {data}" if len(sets) > 1 else ""))
+        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for ax, cost in zip(axes[-1], costs):
+        ax.set_xlabel(axis(cost))
     return figure
 
 
 def _plain_log(axis_):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis_.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis_.set_minor_formatter(NullFormatter())
@@ -201,6 +210,56 @@ def per_class(scores, classes):
     ax.set_yticks(np.arange(len(order)), [classes[i] for i in order])
     ax.set(xlabel="accuracy of the class (%)", xlim=(0, 101), ylim=(-0.6, len(order) - 0.4))
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+PANELS = (
+    ("forward", "ms", "forward (ms an image)"),
+    ("training", "ms", "forward + backward (ms an image)"),
+    ("training", "peak_mb", "memory in training (MB an image)"),
+    ("forward", "macs", "MACs an image"),
+)
+
+
+def scaling(rows, crossings=None):
+    """Time, memory and operations of a layer against tokens n, log-log; `rows` as `complexity.sweep` gives them.
+
+    crossings: {pass: {arm: n or None}}; each is marked by a dotted line in the arm's colour in that pass's panel
+    of time. Bands are quartiles.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
+    for ax, (kind, column, label) in zip(axes.flat, PANELS):
+        for arm, (colour, marker) in colours(r["arm"] for r in rows).items():
+            mine = [r for r in rows if r["arm"] == arm and r["pass"] == kind]
+            n = [r["n"] for r in mine]
+            ax.plot(n, [r[column] for r in mine], marker=marker, color=colour, markersize=5, label=arm)
+            if column == "ms":
+                low, high = ([r[f"ms_{q}"] for r in mine] for q in ("q25", "q75"))
+                ax.fill_between(n, low, high, color=colour, alpha=0.2, linewidth=0)
+                if at := (crossings or {}).get(kind, {}).get(arm):
+                    ax.axvline(at, color=colour, linestyle=":", linewidth=1.2)
+        ax.set(yscale="log", ylabel=label)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for ax in axes[1]:
+        ax.set_xlabel("tokens n")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def fields(found, *, patch):
+    """Receptive fields {name: H W, sum 1} on one logarithmic colour scale; framed: the token's own patch."""
+    top = max(100 * field.max().item() for field in found.values())
+    scale = LogNorm(top * 1e-4, top)
+    figure, axes = plt.subplots(1, len(found), figsize=(min(WIDTH, 2.4 * len(found)), 2.6), squeeze=False)
+    for ax, (name, field) in zip(axes[0], found.items()):
+        drawn = ax.imshow((100 * field).clamp_min(scale.vmin).cpu().numpy(), cmap="magma", norm=scale)
+        at = field.shape[-1] // patch // 2 * patch - 0.5
+        ax.add_patch(plt.Rectangle((at, at), patch, patch, fill=False, color="white", linewidth=1))
+        ax.set_title(name, fontsize=9)
+        ax.set_axis_off()
+    bar = figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75)
+    bar.set_label("% of the influence, a pixel", fontsize=8)
     return figure
 
 
