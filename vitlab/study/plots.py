@@ -110,7 +110,7 @@ def curves(arms, columns=("loss", "val_accuracy")):
                 ax.fill_between(epochs, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
         ax.set(xlabel="epoch", ylabel=labels.get(column, column))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -141,7 +141,8 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
 
 
 def _plain_log(axis_):
-    axis_.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axis_.get_view_interval()
+    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
     axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis_.set_minor_formatter(NullFormatter())
 
