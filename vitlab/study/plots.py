@@ -75,8 +75,7 @@ def patches(image, patch):
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.7, WIDTH * 0.36))
     axes[0].imshow(image.permute(1, 2, 0).cpu())
     axes[0].set_title(f"{height} x {width} pixels", fontsize=9)
-    grid = (height // patch, width // patch)
-    gap = max(1, patch // 4)
+    grid, gap = (height // patch, width // patch), max(1, patch // 4)
     step = patch + gap
     sheet = np.full((grid[0] * step - gap, grid[1] * step - gap, channels), 255, np.uint8)
     for i in range(grid[0]):
@@ -119,18 +118,17 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
 
     Accuracies on different data do not compare: each data set gets a row of panels of its own.
     """
-    sets = list(dict.fromkeys(rows.dataset)) if "dataset" in rows else [None]
+    sets = list(dict.fromkeys(rows.dataset))
     figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + 2.5 * len(sets)), sharey="row",
                                 sharex="col", squeeze=False)  # fmt: skip
     look = colours(rows[by])
     for panels, data in zip(axes, sets):
-        part = rows if data is None else rows[rows.dataset == data]
         for ax, cost in zip(panels, costs):
-            for name, group in part.groupby(by, sort=False):
+            for name, group in rows[rows.dataset == data].groupby(by, sort=False):
                 colour, marker = look[name]
                 x, y = group[cost] * COLUMNS[cost].scale, group[quality]
-                error = y.std() if len(y) > 1 else None
-                ax.errorbar(x.median(), y.mean(), yerr=error, fmt=marker, color=colour, label=name, markersize=7)
+                ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
+                            label=name, markersize=7)  # fmt: skip
             ax.set(xscale="log")
             _plain_log(ax.xaxis)
         panels[0].set_ylabel(axis(quality) + (f", {data}" if len(sets) > 1 else ""))
@@ -178,6 +176,8 @@ def heatmap(frame, *, label, digits=1, centre=None, title="", annotate=None):
                 annot_kws={"fontsize": 7}, cbar_kws={"label": label})  # fmt: skip
     ax.set_title(title)
     ax.tick_params(axis="y", rotation=0)
+    if annotate:
+        ax.set_xticks(ax.get_xticks(), [str(c).replace(" ", "\n") for c in frame.columns], rotation=0)
     return figure
 
 
@@ -215,10 +215,10 @@ def per_class(scores, classes):
 
 
 PANELS = (
-    ("forward", "ms", "forward (ms an image)"),
-    ("training", "ms", "forward + backward (ms an image)"),
-    ("training", "peak_mb", "memory in training (MB an image)"),
-    ("forward", "macs", "MACs an image"),
+    ("forward", "ms", "forward (ms)"),
+    ("training", "ms", "forward + backward (ms)"),
+    ("training", "peak_mb", "memory in training (MB)"),
+    ("forward", "macs", "MACs"),
 )
 
 
@@ -243,7 +243,7 @@ def scaling(rows, crossings=None):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for ax in axes[1]:
-        ax.set_xlabel("tokens n")
+        ax.set_xlabel("tokens n of one image")
     axes[0][0].legend(fontsize=8)
     return figure
 
@@ -266,8 +266,7 @@ def fields(found, *, patch):
 
 def attention(images, maps, titles=None):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
-    names = list(maps)
-    count = len(images)
+    names, count = list(maps), len(images)
     figure, axes = plt.subplots(1 + len(names), count, figsize=(WIDTH, WIDTH / count * (1 + len(names)) * 1.06),
                                 squeeze=False)  # fmt: skip
     for i in range(count):
