@@ -25,7 +25,7 @@ from vitlab.study import plots, verdicts, zoo
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
-from vitlab.utils.files import described, digest, identity, write_json
+from vitlab.utils.files import described, digest, identity, locked, write_json
 from vitlab.utils.provenance import provenance
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"  # trained arms that come with the project
@@ -105,25 +105,26 @@ class Study:
         recipe = dataclasses.replace(spec.recipe, seed=seed)
         key = arm_key(spec.config, recipe, data.key, start=start, objective=objective, on_epoch=on_epoch)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
-        stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
-        if stored:
-            return self.load(stored, spec, name=name, seed=seed)
-        rng.seed_all(seed)
-        model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
-        self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
-        if self.fresh:
+        with locked(state.with_suffix(".lock")):  # another job may be training it
+            stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
+            if stored:
+                return self.load(stored, spec, name=name, seed=seed)
+            rng.seed_all(seed)
+            model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
+            self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
+            if self.fresh:
+                state.unlink(missing_ok=True)
+            history = fit(
+                model, data, recipe, objective=objective, on_epoch=on_epoch, checkpoint=state, log=self.log, name=name,
+                tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
+            )  # fmt: skip
+            about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
+                     "start": start and start.key, "history": history.rows}  # fmt: skip
+            checkpoint.save(model, path, about | provenance(self.device))
             state.unlink(missing_ok=True)
-        history = fit(
-            model, data, recipe, objective=objective, on_epoch=on_epoch, checkpoint=state, log=self.log, name=name,
-            tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
-        )  # fmt: skip
-        about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
-                 "start": start and start.key, "history": history.rows}  # fmt: skip
-        checkpoint.save(model, path, about | provenance(self.device))
-        state.unlink(missing_ok=True)
-        self._trained.add(key)
-        return Arm(name, seed, key, model, history, spec)
+            self._trained.add(key)
+            return Arm(name, seed, key, model, history, spec)
 
     def arms(self, spec, data, seeds, **options):
         """`arm` for each seed."""
