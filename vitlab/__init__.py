@@ -37,6 +37,7 @@ PUBLIC = {
 KINDS = {
     "vit": "vitlab.models.vit",
     "slim": "vitlab.compress.pruning.slim",
+    "favit": "vitlab.models.favit",
     "resnet": "vitlab.models.resnet",
     "gated": "vitlab.compress.pruning.gates",
     "reduced": "vitlab.compress.tokens.reduction",
