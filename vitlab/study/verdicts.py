@@ -85,7 +85,7 @@ def answers(claim, rows):
     on = " on tiny-imagenet" if claim.metric == "tiny-imagenet-accuracy" else ""
 
     def of(model):
-        return rows[rows.arm.str.removesuffix("-small") == f"{claim.project}/{model}{on}"].set_index("seed")
+        return rows[rows.arm.str.replace("-small", "") == f"{claim.project}/{model}{on}"].set_index("seed")
 
     mine = of(claim.model)
     if claim.against:
