@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.colors import LogNorm
@@ -288,8 +289,6 @@ def attention(images, maps, titles=None):
 
 def table(rows, columns, by="arm"):
     """A DataFrame to read: one line an arm, mean ± standard deviation over seeds, "not measured" where so."""
-    import pandas as pd
-
     lines = {}
     for name, group in rows.groupby(by, sort=False):
         lines[name] = {}
