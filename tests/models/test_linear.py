@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, kernel_choice
 from vitlab.models.vit import ViT, ViTConfig
-from vitlab.models.vit import macs as softmax_macs
 
 PUBLISHED = {"num_classes": 100, "dim": 384, "depth": 12, "heads": 6, "qkv_bias": False}
 # attention -> options, parameters, MACs of this design, parameters (M) and GMac as published
@@ -68,7 +67,7 @@ def test_closed_macs_are_the_counted_ones(kind, options, pool):
     config = ViTConfig(**SMALL, pool=pool, attention=kind, attention_args=options)
     model, plain = ViT(config), ViTConfig(**SMALL, pool=pool)
     n, d = config.tokens, config.dim
-    rest = softmax_macs(plain) - config.depth * (4 * n * d * d + 2 * n * n * d)
+    rest = plain.macs() - config.depth * (4 * n * d * d + 2 * n * n * d)
     assert counted(model, config) == rest + sum(b.attn.macs() for b in model.blocks)
 
 
@@ -175,6 +174,28 @@ def test_hydra_branches_share_keys_and_values():
         branches.append(torch.cat([own[:, :1], own[:, 1:] + conv.flatten(2).transpose(1, 2)], dim=1))
     wanted = attn.proj(F.gelu(attn.fuse(attn.norm(torch.cat(branches, dim=-1)))))
     torch.testing.assert_close(attn(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_softmax_control_differs_in_the_product_alone():
+    """Of plain linear attention nothing but softmax is left; the others keep their convolutions, keys and branches."""
+    soft, config = build("linear", product="softmax")
+    x = tokens(config)
+    plain, _ = build("softmax")
+    plain.load_state_dict(soft.state_dict())
+    torch.testing.assert_close(soft(x), plain(x), atol=1e-5, rtol=1e-4)
+    for kind, options in (("ripple", {"stages": 2}), ("hydra", {"branches": 3})):
+        (one, config), (other, _) = build(kind, **options), build(kind, product="softmax", **options)
+        assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+        assert not torch.allclose(one(x), other(x), atol=1e-3) and other.map(x).shape == one.map(x).shape
+        rows = other.map(x).sum(-1)
+        torch.testing.assert_close(rows, torch.ones_like(rows), atol=1e-5, rtol=0)
+        shape = dict(**SMALL, attention=kind, attention_args=options | {"product": "softmax"})
+        assert counted(ViT(ViTConfig(**shape)), config) == ViTConfig(**shape).macs()
+    attn, _ = build("hydra", branches=3, product="softmax")
+    qkv = attn.packed(x)
+    for r in range(3):
+        alone = attn.attend(qkv[:, :, [r, 3, 4]])[:, :, 0]
+        torch.testing.assert_close(attn.attend(qkv)[:, :, r], alone, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["linear", "ripple", "hydra"])

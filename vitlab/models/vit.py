@@ -17,7 +17,7 @@ STEMS = {"patch": PatchStem, "conv": ConvStem}
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "none")
 ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
-PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear") | {"topk": "vitlab.models.sparse"}
+PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
 
 
 @register("vit")
