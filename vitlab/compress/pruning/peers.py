@@ -7,6 +7,7 @@ import torch
 
 from vitlab.compress.pruning.shape import narrow, prunable
 from vitlab.metrics.predict import input_size
+from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
 
 
@@ -112,6 +113,8 @@ def timm_distillation(teacher, *, temperature=4.0, alpha=0.7):
                 "kd": found["kd_loss"].detach()}  # fmt: skip
         return found["loss"], logs
 
+    told = {"teacher": fingerprint(teacher), "temperature": temperature, "alpha": alpha}
+    objective.describe = lambda: told
     return objective
 
 

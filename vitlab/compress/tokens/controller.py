@@ -35,6 +35,10 @@ class PruneFrom:
             part = min(1.0, max(0, epoch - self.start + 1) / self.ramp)
             model.reduce_by(r_max=self.full * part)
 
+    def describe(self):
+        """What makes an arm that is trained with it another arm, as plain data."""
+        return {"prune from": self.start, "ramp": self.ramp}
+
     def state_dict(self):
         return {"full": self.full}
 
@@ -66,6 +70,11 @@ class SlopeSchedule:
             self.now = min(max(self.now, 0.0), self.r_max)
         model.active = self.now > 0
         model.reduce_by(r_max=self.now, counts=None)
+
+    def describe(self):
+        """What makes an arm that is trained with it another arm, as plain data."""
+        names = ("r_max", "start", "step", "window", "rise", "fall")
+        return {"by slope": {name: getattr(self, name) for name in names}}
 
     def state_dict(self):
         return {"now": self.now}
