@@ -15,7 +15,7 @@ from vitlab.compress.tokens import controller, search
 from vitlab.compress.tokens import reduction as tokens
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.merge import ACTIONS
-from vitlab.compress.tokens.reduction import TokenConfig, keep
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.compress.tokens.schedule import bipartite_rounds, schedule
 from vitlab.compress.tokens.scores import SCORES, SIGNED
 from vitlab.models import vit
@@ -66,8 +66,8 @@ def test_schedule_has_floors_and_protected_blocks():
 def test_nothing_removed_is_the_plain_model_bit_for_bit(kind):
     model, images = small(**kind), pictures()
     for action in ACTIONS:
-        assert torch.equal(keep(model, r_max=0, action=action)(images), model(images))
-    lean = keep(model, r_max=0, lean=True)
+        assert torch.equal(reduce_tokens(model, r_max=0, action=action)(images), model(images))
+    lean = reduce_tokens(model, r_max=0, pooled_last=True)
     torch.testing.assert_close(lean(images), model(images), atol=1e-6, rtol=1e-5)
     assert lean.macs() < vit.macs(model.config) or (kind.get("pool") == "mean" and "pool_norm" not in kind)
 
@@ -79,7 +79,7 @@ def test_lean_last_block_gives_the_same_logits(kind, action):
     for rule in ("exact", "published"):
         options = {"action": action, "rule": rule, "counts": (60, 40, 30, 30)}
         torch.testing.assert_close(
-            keep(model, lean=True, **options)(images), keep(model, **options)(images), atol=2e-6, rtol=1e-5
+            reduce_tokens(model, pooled_last=True, **options)(images), reduce_tokens(model, **options)(images), atol=2e-6, rtol=1e-5
         )
 
 
@@ -96,17 +96,17 @@ def test_counted_macs_equal_the_closed_form(kind):
     if kind in ({}, BASE):
         cases += [("drop", score, "exact", False) for score in SCORES]
     for action, score, rule, lean in cases:
-        reduced = keep(model, action=action, score=score, rule=rule, lean=lean, alpha=1.0)
+        reduced = reduce_tokens(model, action=action, score=score, rule=rule, pooled_last=lean, alpha=1.0)
         assert reduced.macs() == counted(reduced, images), (action, score, rule, lean)
-    drop = keep(model, alpha=1.0)
-    assert drop.macs() < keep(model, alpha=1.0, rule="published").macs() < vit.macs(model.config) * 1.1
+    drop = reduce_tokens(model, alpha=1.0)
+    assert drop.macs() < reduce_tokens(model, alpha=1.0, rule="published").macs() < vit.macs(model.config) * 1.1
 
 
 @pytest.mark.parametrize("kind", [{}, BASE])
 def test_a_prediction_does_not_change_with_its_batch_mates(kind):
     model, mine = small(**kind), pictures(1)
     for action, score in [*itertools.product(ACTIONS, ("cls",)), ("drop", "random"), ("drop", "received-ema")]:
-        reduced = keep(model, action=action, score=score)
+        reduced = reduce_tokens(model, action=action, score=score)
         alone = reduced(mine)
         for seed in (2, 3):
             crowd = reduced(torch.cat([mine, pictures(3, seed) * 3]))
@@ -114,7 +114,7 @@ def test_a_prediction_does_not_change_with_its_batch_mates(kind):
 
 
 def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
-    model = keep(small(depth=2, image_size=16), action="drop", counts=(10, 6))
+    model = reduce_tokens(small(depth=2, image_size=16), action="drop", counts=(10, 6))
     torch.compiler.reset()  # dynamo counts the versions of one function over all models
     mine = pictures(1, side=16)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
@@ -127,7 +127,7 @@ def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
 @pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "edge"), (BASE, "fuse")])
 def test_no_graph_break_anywhere(kind, action):
     torch.compiler.reset()
-    model = keep(small(depth=2, image_size=16, **kind), action=action, score="cls-ema", late=-1)
+    model = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, score="cls-ema", late=-1)
     images = pictures(2, side=16)
     traced = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-4)
@@ -156,14 +156,14 @@ def test_the_kept_positions_are_the_top_k_of_the_stated_score():
     model, images = small(), pictures(4)
     different = 0
     for score, values in by_hand(model, images).items():
-        reduced = keep(model, score=score, counts=(20, 20, 20, 20))
+        reduced = reduce_tokens(model, score=score, counts=(20, 20, 20, 20))
         reduced(images, intermediates=True)
         expected = values.argsort(1, descending=True)[:, :19].sort(1).values
         assert torch.equal(reduced.kept[0], expected), score
         different += not torch.equal(expected[0], expected[1])
     assert different  # each image loses its own positions
     mean = small(**BASE)
-    reduced = keep(mean, score="cls", counts=(20,) * 4)
+    reduced = reduce_tokens(mean, score="cls", counts=(20,) * 4)
     reduced(images, intermediates=True)
     expected = by_hand(mean, images)["received"].argsort(1, descending=True)[:, :20].sort(1).values
     assert torch.equal(reduced.kept[0], expected)
@@ -171,7 +171,7 @@ def test_the_kept_positions_are_the_top_k_of_the_stated_score():
 
 def test_a_second_choice_is_made_among_the_survivors_and_averages_over_blocks():
     model, images = small(), pictures(2)
-    reduced = keep(model, score="cls-ema", ema=0.75, counts=(30, 10, 10, 10), rule="published")
+    reduced = reduce_tokens(model, score="cls-ema", ema=0.75, counts=(30, 10, 10, 10), rule="published")
     _, seen = reduced(images, intermediates=True)
     first, block = by_hand(model, images)["cls"], model.blocks[1]
     now = block.attn.map(block.norm1(seen["tokens"][0])).double()[:, :, 0, 1:].mean(1)
@@ -183,7 +183,7 @@ def test_a_second_choice_is_made_among_the_survivors_and_averages_over_blocks():
 def test_controls_are_fixed_by_their_seed_and_the_grid_is_even():
     model, images = small(), pictures(2)
     def kept(**options):
-        reduced = keep(model, **({"counts": (17,) * 4} | options))
+        reduced = reduce_tokens(model, **({"counts": (17,) * 4} | options))
         reduced(images, intermediates=True)
         return reduced.kept[0]
     one = kept(score="random", seed=1)
@@ -193,7 +193,7 @@ def test_controls_are_fixed_by_their_seed_and_the_grid_is_even():
 
 
 def test_the_mode_is_one_however_it_is_set():
-    reduced, images = keep(small(distilled=True)), pictures()
+    reduced, images = reduce_tokens(small(distilled=True)), pictures()
     reduced.train()
     assert isinstance(reduced(images), tuple)  # logits of both heads
     for module in reduced.modules():
@@ -203,7 +203,7 @@ def test_the_mode_is_one_however_it_is_set():
 
 def test_training_and_state_dict_are_the_models_own():
     model, images = small(drop_path=0.2, dropout=0.1), pictures()
-    reduced = keep(model, action="edge")
+    reduced = reduce_tokens(model, action="edge")
     assert list(reduced.state_dict()) == list(model.state_dict())
     assert [n for n, _ in reduced.named_parameters()] == [n for n, _ in model.named_parameters()]
     reduced.train()
@@ -218,7 +218,7 @@ def test_training_and_state_dict_are_the_models_own():
 
 
 def test_copies_pickles_and_files_hold_the_whole_model(tmp_path):
-    reduced, images = keep(small(**BASE), action="merge", power=0.3, counts=(60, 40, 30, 12)), pictures()
+    reduced, images = reduce_tokens(small(**BASE), action="merge", power=0.3, counts=(60, 40, 30, 12)), pictures()
     tokens.save(reduced, tmp_path / "small.safetensors")
     stored = tokens.load(tmp_path / "small.safetensors")
     for other in (pickle.loads(pickle.dumps(reduced)), copy.deepcopy(reduced), stored):
@@ -240,7 +240,7 @@ def test_copies_pickles_and_files_hold_the_whole_model(tmp_path):
 )  # fmt: skip
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        keep(small(), **options)
+        reduce_tokens(small(), **options)
 
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -268,23 +268,23 @@ HANDLED = {
 @pytest.mark.parametrize("name", HANDLED)
 def test_timm_models_give_their_own_outputs(name):
     model, images = timm_model(**HANDLED[name]), pictures()
-    assert torch.equal(keep(model, r_max=0)(images), model(images))
-    lean = keep(model, r_max=0, lean=True)
+    assert torch.equal(reduce_tokens(model, r_max=0)(images), model(images))
+    lean = reduce_tokens(model, r_max=0, pooled_last=True)
     torch.testing.assert_close(lean(images), model(images), atol=1e-6, rtol=1e-5)
     for action in ACTIONS:
-        reduced = keep(model, action=action)
+        reduced = reduce_tokens(model, action=action)
         logits, seen = reduced(images, intermediates=True)
         assert [x.shape[1] for x in seen["tokens"]] == list(reduced.tokens)
         assert not torch.equal(logits, model(images))
         # a bias of zeros and sizes of one: the pieces, run one by one, still give timm's output
-        assert seen["kept"][0].shape[1] == reduced.tokens[0] - reduced.anatomy.prefix
+        assert seen["kept"][0].shape[1] == reduced.tokens[0] - reduced.adapter.prefix
     assert list(reduced.state_dict()) == list(model.state_dict())
 
 
 @pytest.mark.parametrize("name", HANDLED)
 def test_timm_blocks_run_piece_by_piece_are_timms(name):
     model, images = timm_model(**HANDLED[name]), pictures()
-    reduced = keep(model, r_max=0, action="merge")
+    reduced = reduce_tokens(model, r_max=0, action="merge")
     state = reduced.reducer.start(images)
     for layer, block in enumerate(model.blocks):
         expected = block(state.x)
@@ -292,7 +292,7 @@ def test_timm_blocks_run_piece_by_piece_are_timms(name):
         pieces = reduced.reducer.block(layer, dataclasses.replace(state, size=ones))
         torch.testing.assert_close(pieces.x, expected, atol=1e-6, rtol=1e-5)
         state = dataclasses.replace(state, x=expected)
-    torch.testing.assert_close(reduced.anatomy.finish(state.x, ones), model(images), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(reduced.adapter.finish(state.x, ones), model(images), atol=1e-6, rtol=1e-5)
 
 
 def test_what_timm_has_and_is_not_handled_is_refused_by_name():
@@ -300,12 +300,12 @@ def test_what_timm_has_and_is_not_handled_is_refused_by_name():
 
     for block in (ParallelScalingBlock, ParallelThingsBlock, ResPostBlock):
         with pytest.raises(ValueError, match=block.__name__):
-            keep(timm_model(block_fn=block))
+            reduce_tokens(timm_model(block_fn=block))
     for options, message in [({"global_pool": "map"}, "attention pooling"), ({"global_pool": "max"}, "'max'"),
                              ({"patch_drop_rate": 0.5}, "patch dropout"), ({"attn_layer": "diff"}, "timm's Attention"),
                              ({"dynamic_img_size": True}, "dynamic")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            keep(timm_model(**options))
+            reduce_tokens(timm_model(**options))
     with pytest.raises(ValueError, match="Linear is neither"):
         keep(torch.nn.Linear(2, 2))
 
@@ -315,7 +315,7 @@ def test_our_model_and_timms_with_the_same_weights_agree_when_reduced():
     ours = vit.from_timm(source).eval()
     for action in ACTIONS:
         torch.testing.assert_close(
-            keep(ours, action=action)(images), keep(source, action=action)(images), atol=1e-5, rtol=1e-4
+            reduce_tokens(ours, action=action)(images), reduce_tokens(source, action=action)(images), atol=1e-5, rtol=1e-4
         )
 
 
@@ -324,7 +324,7 @@ def test_our_model_and_timms_with_the_same_weights_agree_when_reduced():
 def test_onnx_export_runs_in_onnxruntime(kind, action):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, images = keep(small(depth=2, image_size=16, **kind), action=action, lean=True), pictures(2, side=16)
+    model, images = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, pooled_last=True), pictures(2, side=16)
     program = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
@@ -334,7 +334,7 @@ def test_onnx_export_runs_in_onnxruntime(kind, action):
 @pytest.mark.gpu
 @pytest.mark.parametrize("action", ACTIONS)
 def test_captured_as_a_cuda_graph(action):
-    model, images = keep(small(**BASE).cuda(), action=action), pictures().cuda()
+    model, images = reduce_tokens(small(**BASE).cuda(), action=action), pictures().cuda()
     expected = model(images)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -357,7 +357,7 @@ class Curve(dict):
 
 
 def test_hooks_switch_and_adapt_and_resume():
-    reduced = keep(small(), r_max=0.6)
+    reduced = reduce_tokens(small(), r_max=0.6)
     full, hook = reduced.tokens, controller.PruneFrom(2, ramp=2)
     seen = []
     for epoch in range(5):
@@ -383,7 +383,7 @@ def levels():
 
 
 def test_adaptive_model_gives_each_image_its_level_whoever_is_beside_it():
-    model, images = keep(small()), pictures(6)
+    model, images = reduce_tokens(small()), pictures(6)
     sharpness = controller.AdaptiveViT(model, levels(), (1.0, 0.5)).gaze(images)[0]
     assert ((sharpness > 0) & (sharpness <= 1 + 1e-6)).all()
     upper, lower = sharpness.sort().values[[3, 1]].tolist()
@@ -391,7 +391,7 @@ def test_adaptive_model_gives_each_image_its_level_whoever_is_beside_it():
     found, (chosen, _) = adaptive(images), adaptive.level(images)
     assert adaptive.used == [2, 2, 2]
     for i in range(6):
-        alone = keep(model, levels()[chosen[i]])(images[i : i + 1])
+        alone = reduce_tokens(model, levels()[chosen[i]])(images[i : i + 1])
         torch.testing.assert_close(found[i : i + 1], alone, atol=1e-5, rtol=1e-4)
     adaptive.per = "batch"
     assert len(adaptive.train().level(images)[0].unique()) == 1
@@ -400,7 +400,7 @@ def test_adaptive_model_gives_each_image_its_level_whoever_is_beside_it():
 
 
 def test_learned_controller_follows_the_price():
-    adaptive = controller.AdaptiveViT(keep(small()), levels(), (0.9, 0.8)).eval()
+    adaptive = controller.AdaptiveViT(reduce_tokens(small()), levels(), (0.9, 0.8)).eval()
     images, labels = pictures(24), torch.arange(24) % 5
     with torch.enable_grad():
         shares = [controller.fit_controller(adaptive, images, labels, price=p, epochs=40)[1]["share"] for p in (0, 1e3)]
@@ -421,7 +421,7 @@ def test_controller_learns_from_images_what_a_share_of_tokens_buys():
 
 
 def test_controller_meets_a_share_or_says_what_there_is():
-    adaptive = controller.AdaptiveViT(keep(small()), levels(), (0.9, 0.8)).eval()
+    adaptive = controller.AdaptiveViT(reduce_tokens(small()), levels(), (0.9, 0.8)).eval()
     images, labels = pictures(24), torch.arange(24) % 5
     shares = [sum(r.counts) / (4 * 65) for r in adaptive.reducers]
     _, info = controller.fit_controller(adaptive, images, labels, share=sum(shares) / 3, epochs=30)
@@ -435,21 +435,21 @@ def test_calibration_meets_its_budget_and_beats_an_even_split():
     model, images = small(image_size=16), pictures(32, side=16)
     budget = 0.75 * vit.macs(model.config)
     config = search.calibrate(model, images, macs=budget, step=3, action="merge")
-    even = search.at_macs(model, budget, alpha=1.0, action="merge")
-    assert keep(model, config).macs() <= budget and keep(model, even).macs() <= budget
+    even = search.fit_budget(model, budget, alpha=1.0, action="merge")
+    assert reduce_tokens(model, config).macs() <= budget and reduce_tokens(model, even).macs() <= budget
     reference = model(images)
-    chosen, fixed = (search.damage(keep(model, c), reference, images) for c in (config, even))
+    chosen, fixed = (search.kl_divergence(reduce_tokens(model, c), reference, images) for c in (config, even))
     assert chosen <= fixed
-    schedules = [search.at_macs(model, budget, alpha=a, action="merge") for a in search.ALPHAS[:-1]]
-    assert chosen <= min(search.damage(keep(model, c), reference, images) for c in schedules)
+    schedules = [search.fit_budget(model, budget, alpha=a, action="merge") for a in search.ALPHAS[:-1]]
+    assert chosen <= min(search.kl_divergence(reduce_tokens(model, c), reference, images) for c in schedules)
     shielded = search.calibrate(model, images[:8], macs=budget, step=3, action="merge", protect=(0, 2)).counts
     assert shielded[0] == 17 and shielded[2] == shielded[1], "protected blocks remove nothing"
-    assert search.damage(model, reference, images) == pytest.approx(0, abs=1e-6)
+    assert search.kl_divergence(model, reference, images) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="no schedule of 'drop' costs this little"):
         search.calibrate(model, images[:2], macs=1, step=8)
 
 
-@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "ward"}, {"action": "ward", "lean": True},
+@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "ward"}, {"action": "ward", "pooled_last": True},
                                      {"action": "merge", "late": -1}, {"rule": "published"}])  # fmt: skip
 @pytest.mark.parametrize("kind", [{}, {"pool": "mean", "mlp": "conv"}])
 def test_timed_blocks_add_up_to_the_whole(options, kind):
@@ -465,7 +465,7 @@ def test_timed_blocks_add_up_to_the_whole(options, kind):
     prefix = 1 - bool(kind)
     for counts in ((16, 16, 16), (12, 9, 9), (10, 10, 4), (16, 9, 5)):
         counts = tuple(c + prefix for c in counts)
-        reduced = keep(model, counts=counts, **options)
+        reduced = reduce_tokens(model, counts=counts, **options)
         assert meter(counts) == operations(functools.partial(reduced, images)), counts
     before = dict(meter.timed)
     meter(counts)
@@ -487,13 +487,13 @@ def test_blocks_of_one_shape_are_timed_once_timms_too():
 
 def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operations():
     model, images = small(image_size=16), pictures(16, side=16)
-    reduced = keep(model, action="ward")
+    reduced = reduce_tokens(model, action="ward")
     budget = 0.7 * vit.macs(model.config)
     options = {"step": 4, "passes": 12, "action": "ward"}
     by_clock = search.calibrate(model, images, latency=budget, meter=lambda counts: reduced.reduce_by(
         counts=counts).macs(), **options)  # fmt: skip
     assert by_clock == search.calibrate(model, images, macs=budget, **options)
-    whole = keep(model, r_max=0.0).tokens
+    whole = reduce_tokens(model, r_max=0.0).tokens
     assert search.calibrate(model, images, latency=1.0, meter=lambda counts: 1.0).counts == whole, "nothing to gain"
     for wrong in ({}, {"macs": 1.0, "latency": 1.0, "meter": len}, {"latency": 1.0}, {"macs": 1.0, "meter": len}):
         with pytest.raises(ValueError, match=r"give macs=\.\.\., or latency=\.\.\. with meter"):
@@ -523,30 +523,30 @@ def cut(kind):
 @pytest.mark.parametrize(
     "options",
     [{"action": "drop"}, {"action": "drop", "score": "value", "rule": "published"}, {"action": "fuse"},
-     {"action": "ward", "lean": True}, {"action": "edge", "metric": "input", "score": "received"}],
+     {"action": "ward", "pooled_last": True}, {"action": "edge", "metric": "input", "score": "received"}],
     ids=lambda o: "-".join(map(str, o.values())),
 )  # fmt: skip
 def test_a_pruned_model_is_reduced_like_the_whole_one_with_zeros(kind, options):
     slim, zeroed = cut(kind)
     images = pictures(3, side=16)
     torch.testing.assert_close(slim(images), zeroed(images), atol=1e-5, rtol=1e-4)
-    fewer = keep(slim, r_max=0.6, alpha=1.0, **options)
-    torch.testing.assert_close(fewer(images), keep(zeroed, fewer.token_config)(images), atol=1e-4, rtol=1e-3)
-    assert torch.equal(keep(slim, r_max=0.0)(images), slim(images))
+    fewer = reduce_tokens(slim, r_max=0.6, alpha=1.0, **options)
+    torch.testing.assert_close(fewer(images), reduce_tokens(zeroed, fewer.token_config)(images), atol=1e-4, rtol=1e-3)
+    assert torch.equal(reduce_tokens(slim, r_max=0.0)(images), slim(images))
     assert counted(fewer, images[:1]) == fewer.macs() < slim.config.macs()
-    assert keep(slim, r_max=0.0).macs() == slim.config.macs() == counted(slim, images[:1])
+    assert reduce_tokens(slim, r_max=0.0).macs() == slim.config.macs() == counted(slim, images[:1])
 
 
 def test_a_pruned_and_reduced_model_is_saved_whole(tmp_path):
     slim, _ = cut(BASE)
-    fewer = keep(slim, r_max=0.5, action="ward")
+    fewer = reduce_tokens(slim, r_max=0.5, action="ward")
     tokens.save(fewer, tmp_path / "x.safetensors")
     again = tokens.load(tmp_path / "x.safetensors")
     assert type(again.plain) is type(slim) and again.config == slim.config
     assert torch.equal(again(pictures(2, side=16)), fewer(pictures(2, side=16)))
     bare = structured.slim(small(image_size=16), {"blocks.1.v": torch.zeros(32), "blocks.2.mlp": torch.zeros(48)})
     with pytest.raises(ValueError, match="blocks without a head, blocks without MLP channels"):
-        keep(bare)
+        reduce_tokens(bare)
 
 
 def test_search_is_shared_and_resumed(tmp_path):

@@ -23,15 +23,15 @@ def tiny():
 def probe(request, tiny):
     torch.manual_seed(0)
     model = ViT(ViTConfig(image_size=32, patch_size=8, dim=32, depth=3, heads=2, mlp_dim=64, pool=request.param))
-    return ts.Probe(model.eval(), tiny, 40)
+    return ts.Evaluator(model.eval(), tiny, 40)
 
 
 def test_a_probe_counts_what_it_sees(probe, tiny):
     right = (probe.plain(probe.images).argmax(1) == tiny.val.take(40).labels).float().mean().item()
     assert probe.accuracy == pytest.approx(100 * right)
-    same = probe.look(tokens.keep(probe.plain, r_max=0.0))
+    same = probe.look(tokens.reduce_tokens(probe.plain, r_max=0.0))
     assert same["lost"] == 0 and same["share"] == 1 and same["kl"] == pytest.approx(0, abs=1e-7)
-    reduced = tokens.keep(probe.plain, r_max=0.9, alpha=1.0)
+    reduced = tokens.reduce_tokens(probe.plain, r_max=0.9, alpha=1.0)
     look = probe.look(reduced)
     with torch.no_grad():
         after, before = (m(probe.images).double().softmax(1) for m in (reduced, probe.plain))
@@ -44,7 +44,7 @@ def test_a_sweep_has_every_setting_and_the_mean_over_seeds(probe):
     assert len(rows) == 8 and set(rows.method) == {"drop", "merge"}
     assert (rows["std"] == 0).all() and rows.latency_ms.isna().all()
     one = rows[(rows.method == "merge") & (rows.alpha == 2.0) & (rows.r_max == 0.8)].iloc[0]
-    model = tokens.keep(probe.plain, alpha=2.0, r_max=0.8, action="merge")
+    model = tokens.reduce_tokens(probe.plain, alpha=2.0, r_max=0.8, action="merge")
     assert one.tokens == model.tokens and one.accuracy == probe.look(model)["accuracy"]
 
 
@@ -65,8 +65,8 @@ def test_rivals_cost_the_same(probe):
     assert {tc.LATE, tc.CALIBRATED, *tc.ACTIONS, "drop, random"} <= set(rows.rival)
     assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
     counts = rows.set_index("rival").tokens["drop, random"]
-    draws = [tokens.TokenConfig(score="random", lean=True, seed=s, counts=counts) for s in (0, 1)]
-    mean = sum(probe.look(tokens.keep(probe.plain, c))["accuracy"] for c in draws) / 2
+    draws = [tokens.TokenConfig(score="random", pooled_last=True, seed=s, counts=counts) for s in (0, 1)]
+    mean = sum(probe.look(tokens.reduce_tokens(probe.plain, c))["accuracy"] for c in draws) / 2
     assert rows.set_index("rival").accuracy["drop, random"] == pytest.approx(mean)
     both = tc.pooled([rows, rows.assign(accuracy=rows.accuracy + 2)]).set_index("rival")
     assert both.accuracy["drop, cls"] == pytest.approx(rows.set_index("rival").accuracy["drop, cls"] + 1)
@@ -86,12 +86,12 @@ def test_equal_latency_is_read_off_the_line_between_shares():
 
 def test_payoff_gives_what_was_asked_for_or_an_empty_row(probe, monkeypatch):
     """With a clock that counts operations: all tokens where that is fast enough, fewer, and none where nothing is."""
-    monkeypatch.setattr(tc, "TokenLatency", lambda model, *_, **options: lambda counts: tokens.keep(
-        model, action="ward", lean=True, counts=counts).macs() / probe.macs)  # fmt: skip
+    monkeypatch.setattr(tc, "TokenLatency", lambda model, *_, **options: lambda counts: tokens.reduce_tokens(
+        model, action="ward", pooled_last=True, counts=counts).macs() / probe.macs)  # fmt: skip
     monkeypatch.setattr(probe, "times", lambda models, *_: {k: m.macs() / probe.macs if k == "reduced" else 1.0
                                                            for k, m in models.items()})  # fmt: skip
     rows = tc.payoff(probe, probe.images[:8], [2], (1.0, 0.7, 0.01), passes=4).set_index("goal")
-    assert rows.tokens[1.0] == tokens.keep(probe.plain, r_max=0.0).tokens and rows.kl[1.0] == pytest.approx(0, abs=1e-6)
+    assert rows.tokens[1.0] == tokens.reduce_tokens(probe.plain, r_max=0.0).tokens and rows.kl[1.0] == pytest.approx(0, abs=1e-6)
     assert rows.share[0.7] <= 0.7 < 0.8 * rows.share[1.0] + 0.1
     assert rows.speed_up[0.7] == pytest.approx(1 / rows.share[0.7])
     assert rows.tokens[0.01] is None and rows.isna().loc[0.01, ["speed_up", "lost"]].all()
@@ -100,11 +100,11 @@ def test_payoff_gives_what_was_asked_for_or_an_empty_row(probe, monkeypatch):
 def test_agreement_is_the_overlap_of_what_is_kept(probe):
     table = ts.agreement(probe, ("cls", "norm", "grid"), block=1)
     assert (table.values.diagonal() == 100).all() and (table.values == table.values.T).all()
-    parts = tokens.keep(probe.plain).anatomy
+    parts = tokens.reduce_tokens(probe.plain).adapter
     counts = (parts.prefix + 16, parts.prefix + 8, parts.prefix + 8)
     sets = []
     for score in ("cls", "norm"):
-        _, seen = tokens.keep(probe.plain, counts=counts, score=score)(probe.images, intermediates=True)
+        _, seen = tokens.reduce_tokens(probe.plain, counts=counts, score=score)(probe.images, intermediates=True)
         sets.append([set(row.tolist()) for row in seen["kept"][1]])
     shared = sum(len(a & b) / 8 for a, b in zip(*sets)) / 40 * 100
     assert table["cls"]["norm"] == pytest.approx(shared)
@@ -113,12 +113,12 @@ def test_agreement_is_the_overlap_of_what_is_kept(probe):
 def test_speed_has_the_limit_of_the_closed_form(probe):
     config = tokens.TokenConfig(r_max=0.8, alpha=1.0)
     rows = ts.speed(probe, {"drop": config}, [1, 2], seconds=0.0)
-    assert rows.limit.tolist() == [probe.macs / tokens.keep(probe.plain, config).macs()] * 2
+    assert rows.limit.tolist() == [probe.macs / tokens.reduce_tokens(probe.plain, config).macs()] * 2
     assert rows.measured.tolist() == (rows.plain_ms / rows.reduced_ms).tolist()
 
 
 def test_adaptive_rows_come_with_a_control_of_the_same_cost(probe, tiny):
-    rows = ts.adaptive(probe, ts.Probe(probe.plain, tiny, 30, split="train"))
+    rows = ts.adaptive(probe, ts.Evaluator(probe.plain, tiny, 30, split="train"))
     for chosen, fixed in ((rows.iloc[0], rows.iloc[1]), (rows.iloc[2], rows.iloc[3])):
         assert sum(chosen.used) == 40 and fixed.used is None
         # whole tokens: the control can miss the cost by one step

@@ -15,7 +15,7 @@ from vitlab.models.layers import Attention
 from vitlab.models.vit import ViT
 
 
-def anatomy(model):
+def adapter(model):
     """The `Ours`, `Slim` or `Timm` reading of `model`; ValueError names what it has that is not handled."""
     if isinstance(model, ViT):
         return Ours(model)
@@ -36,9 +36,9 @@ def _refuse(found):
         raise ValueError(f"token reduction does not handle {', '.join(found)}, which this model has")
 
 
-class _Anatomy:
+class _Adapter:
     """prefix: tokens that always stay; read: how many of them the head reads (0: the patches' mean);
-    grid: (rows, columns) of patches; late_norm: whether the last norm follows the mean."""
+    grid: (rows, columns) of patches."""
 
     def __init__(self, model):
         self.model = model
@@ -79,7 +79,7 @@ class _Anatomy:
         return query, key
 
 
-class Ours(_Anatomy):
+class Ours(_Adapter):
     """vitlab's ViT with softmax attention."""
 
     def __init__(self, model):
@@ -93,7 +93,7 @@ class Ours(_Anatomy):
     def read_shape(self, config):
         self.prefix, self.grid = config.prefix_tokens, (config.grid, config.grid)
         self.read = 1 + config.distilled if config.pool == "cls" else 0
-        self.late_norm = config.pool == "mean" and config.pool_norm == "after"
+        self.norm_last = config.pool_norm == "after"
 
     def embed(self, images):
         return self.model.embed(images)
@@ -138,33 +138,22 @@ class Ours(_Anatomy):
         hidden = mix(mlp.fc1(block.norm2(x)))
         return self.added(block, mlp.drop(mlp.fc2(mlp.drop(mlp.act(hidden)))))
 
-    def mean_mlp(self, block, x, weight, mix=None):
-        """Mean over the tokens (weights B N 1 that sum to 1) of x + MLP, the second layer after the mean."""
-        mlp = block.mlp
-        hidden = mlp.fc1(block.norm2(x))
-        hidden = hidden if mix is None else mix(hidden)
-        hidden = (mlp.drop(mlp.act(hidden)) * weight).sum(1, keepdim=True)
-        return ((x * weight).sum(1, keepdim=True) + self.added(block, mlp.drop(mlp.fc2(hidden)))).squeeze(1)
-
     def finish(self, x, size):
         """tokens -> logits; with sizes (B N) the pooled mean counts each token as often as it stands for."""
         model = self.model
         if self.read or size is None:
             return model.classify(model.pool(x))
         weight = (size / size.sum(1, keepdim=True))[..., None].to(x.dtype)
-        if self.late_norm:
-            return self.finish_mean((x * weight).sum(1))
+        if self.norm_last:
+            return model.classify(model.norm((x * weight).sum(1)))
         return model.classify((model.norm(x) * weight).sum(1))
-
-    def finish_mean(self, pooled):
-        return self.model.classify(self.model.norm(pooled))
 
 
 class Slim(Ours):
     """A SlimViT: heads of any widths, filled up to one with zeros wherever tokens are reduced."""
 
     def __init__(self, model):
-        _Anatomy.__init__(self, model)
+        _Adapter.__init__(self, model)
         _refuse({
             "blocks without a head": any(not block.attn.heads for block in model.blocks),
             "blocks without MLP channels": any(not block.mlp.hidden for block in model.blocks),
@@ -195,7 +184,7 @@ class Slim(Ours):
         return block.drop_path(block.ls2(x))
 
 
-class Timm(_Anatomy):
+class Timm(_Adapter):
     """timm's VisionTransformer: CLS, distillation and register tokens, LayerScale, QK-norm, drop-path."""
 
     def __init__(self, model):
@@ -226,8 +215,6 @@ class Timm(_Anatomy):
         self.prefix, self.grid = model.num_prefix_tokens, tuple(model.patch_embed.grid_size)
         distilled = getattr(model, "dist_token", None) is not None
         self.read = 1 + distilled if model.global_pool == "token" else 0
-        # fc_norm follows the mean; LayerScale and projections are linear, so the mean may be taken first
-        self.late_norm = False
 
     def embed(self, images):
         model = self.model

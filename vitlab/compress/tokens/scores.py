@@ -169,6 +169,7 @@ SCORES = {
 }  # fmt: skip
 SIGNED = ("entropy", "similarity", "redundancy")  # no weights: these are below zero
 POSITIONED = ("random", "grid")
+UNSCORED = ("merge", "ward")  # actions that go by likeness alone
 
 
 def entropy(view):

@@ -1,6 +1,6 @@
 """Rivals of token reduction at equal operations and at equal time, and what reduction buys on this machine.
 
-They are judged by a `token_study.Probe`: a finished model with validation images.
+They are judged by a `token_study.Evaluator`: a finished model with validation images.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from vitlab.compress.pruning.budget import BudgetImpossible
 from vitlab.compress.tokens import reduction as tokens
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.scores import SCORES
-from vitlab.compress.tokens.search import at_macs, calibrate
+from vitlab.compress.tokens.search import fit_budget, calibrate
 from vitlab.metrics import measure
 
 CONTROLS = ("random", "grid")
@@ -45,10 +45,10 @@ def rivals(probe, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), la
     for score in scores:
         draws = seeds if score == "random" else (0,)
         group = "control" if score in CONTROLS else "drop by score"
-        config = at_macs(probe.plain, target, alpha=alpha, score=score, lean=True)
+        config = fit_budget(probe.plain, target, alpha=alpha, score=score, pooled_last=True)
         found[f"drop, {score}"] = (group, [dataclasses.replace(config, seed=seed) for seed in draws])
     for name, options in (ACTIONS | {LATE: {"action": "merge", "late": late}}).items():
-        found[name] = ("merge", [at_macs(probe.plain, target, alpha=alpha, lean=True, **options)])
+        found[name] = ("merge", [fit_budget(probe.plain, target, alpha=alpha, pooled_last=True, **options)])
     if calibration is not None:
         found[CALIBRATED] = ("merge", [calibrated(probe, calibration, passes, macs=target)])
     return found
@@ -56,8 +56,8 @@ def rivals(probe, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), la
 
 def calibrated(probe, images, passes=100, **budget):
     """The TokenConfig of Ward merging with counts calibrated on `images` to a budget (see `calibrate`)."""
-    step = max(1, tokens.keep(probe.plain).anatomy.patches // 16)
-    return calibrate(probe.plain, images, action="ward", lean=True, step=step, passes=passes, **budget)
+    step = max(1, tokens.reduce_tokens(probe.plain).adapter.patches // 16)
+    return calibrate(probe.plain, images, action="ward", pooled_last=True, step=step, passes=passes, **budget)
 
 
 def contest(probe, shares, *, batch=32, seconds=0.1, calibration=None, passes=100, **options):
@@ -70,12 +70,12 @@ def contest(probe, shares, *, batch=32, seconds=0.1, calibration=None, passes=10
     meter = None if calibration is None else clock(probe, batch, seconds=seconds / 10)
     for share in shares:
         field = rivals(probe, share, calibration=calibration, passes=passes, **options)
-        field[LEAN] = (OTHER, [tokens.TokenConfig(r_max=0.0, lean=True)])
-        models = {name: [tokens.keep(probe.plain, c) for c in configs] for name, (_, configs) in field.items()}
+        field[LEAN] = (OTHER, [tokens.TokenConfig(r_max=0.0, pooled_last=True)])
+        models = {name: [tokens.reduce_tokens(probe.plain, c) for c in configs] for name, (_, configs) in field.items()}
         if meter:
             tome = probe.times({TOME: models[TOME][0]}, batch, seconds)[TOME]
             best = calibrated(probe, calibration, passes, latency=tome, meter=meter)
-            field[CLOCKED], models[CLOCKED] = (OTHER, [best]), [tokens.keep(probe.plain, best)]
+            field[CLOCKED], models[CLOCKED] = (OTHER, [best]), [tokens.reduce_tokens(probe.plain, best)]
         times = probe.times({"plain": probe.plain} | {n: m[0] for n, m in models.items()}, batch, seconds)
         for name, (group, _) in field.items():
             looks = [probe.look(model) for model in models[name]]
@@ -90,14 +90,14 @@ def contest(probe, shares, *, batch=32, seconds=0.1, calibration=None, passes=10
 def clock(probe, batch, **options):
     """The TokenLatency of Ward merging on `batch` images (with a lean last block) on this machine."""
     images = measure.example(probe.plain, probe.images.shape[1:], batch)
-    return TokenLatency(probe.plain, images, dtype=probe.dtype, action="ward", lean=True, **options)
+    return TokenLatency(probe.plain, images, dtype=probe.dtype, action="ward", pooled_last=True, **options)
 
 
 def payoff(probe, images, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1):
     """What Ward merging, calibrated to the clock on `images`, buys at each batch size: rows.
 
     batch, goal (share of the plain model's time asked for), tokens (of each block; None where no choice is that
-    fast), speed_up (measured, in turns with the plain model), and the columns of `Probe.look`.
+    fast), speed_up (measured, in turns with the plain model), and the columns of `Evaluator.look`.
     """
     rows = []
     for batch in batches:
@@ -108,7 +108,7 @@ def payoff(probe, images, batches, goals=(0.8, 0.65, 0.5), *, passes=100, second
             row = {"batch": batch, "goal": goal, "tokens": None} | nothing
             with contextlib.suppress(BudgetImpossible):  # nothing is that fast here
                 config = calibrated(probe, images, passes, latency=goal * plain, meter=meter)
-                model = tokens.keep(probe.plain, config)
+                model = tokens.reduce_tokens(probe.plain, config)
                 times = probe.times({"plain": probe.plain, "reduced": model}, batch, seconds)
                 row |= {"tokens": model.tokens, "speed_up": times["plain"] / times["reduced"]} | probe.look(model)
             rows.append(row)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vitlab.compress.tokens import reduction as tokens
 from vitlab.compress.tokens.controller import AdaptiveViT, fit_controller
 from vitlab.compress.tokens.scores import SCORES
-from vitlab.compress.tokens.search import at_macs
+from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics import measure
 from vitlab.metrics.predict import input_size
@@ -34,20 +34,20 @@ def shipped(path, device="cpu", name="ours"):
 
 
 def reduced(arm, name, **options):
-    """The Arm `name` that runs the model of `arm` on fewer tokens (options of `keep`); without any, the plain one."""
-    model = tokens.keep(arm.model, **options)
+    """The Arm `name` that runs the model of `arm` on fewer tokens (options of `reduce_tokens`); without any, the plain one."""
+    model = tokens.reduce_tokens(arm.model, **options)
     model = (model if options else model.plain).eval()
     return dataclasses.replace(arm, name=name, model=model)
 
 
-class Probe:
+class Evaluator:
     """A finished model with `n` images (None: all) of one split of `data`, ready to judge its reductions.
 
     accuracy (%), macs and logits are those of the plain model. dtype: autocast.
     """
 
     def __init__(self, model, data, n=None, *, split="val", dtype=None, batch=256):
-        self.plain, self.dtype, self.batch = tokens.keep(model).plain, dtype, batch
+        self.plain, self.dtype, self.batch = tokens.reduce_tokens(model).plain, dtype, batch
         part = getattr(data, split)
         part = part if n is None else part.take(n)
         size, device = input_size(self.plain, data.image_size), device_of(self.plain)
@@ -55,7 +55,7 @@ class Probe:
         self.images = normalize(part.images.to(device), data.mean, data.std, size=size)
         self.logits = self.run(self.plain)
         self.accuracy = self.score(self.logits)
-        self.macs = tokens.keep(self.plain, r_max=0.0).macs()
+        self.macs = tokens.reduce_tokens(self.plain, r_max=0.0).macs()
 
     def run(self, model):
         """Logits, float32 N K."""
@@ -82,13 +82,13 @@ class Probe:
 
 
 def sweep(probes, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
-    """Every (alpha, r_max) for every method {name: options of `keep`}, the mean over `probes` (one a seed).
+    """Every (alpha, r_max) for every method {name: options of `reduce_tokens`}, the mean over `probes` (one a seed).
 
     With `batch`, also latency_ms of that many images, all settings of a method interleaved, on the first probe.
     """
     rows = []
     for name, options in methods.items():
-        grid = {(a, r): [tokens.keep(p.plain, r_max=r, alpha=a, **options) for p in probes]
+        grid = {(a, r): [tokens.reduce_tokens(p.plain, r_max=r, alpha=a, **options) for p in probes]
                 for a in alphas for r in r_maxes}  # fmt: skip
         times = probes[0].times({k: v[0] for k, v in grid.items()}, batch, seconds) if batch else {}
         for (alpha, r_max), models in grid.items():
@@ -111,13 +111,13 @@ def agreement(probe, scores=tuple(SCORES), *, block=0, part=0.5):
     Up to that block nothing is removed, so all of them judge the same tokens. Two blind choices agree in
     100 * part per cent. DataFrame scores x scores, the mean over the probe's images.
     """
-    plain = tokens.keep(probe.plain, r_max=0.0)
-    parts = plain.anatomy
+    plain = tokens.reduce_tokens(probe.plain, r_max=0.0)
+    parts = plain.adapter
     left = parts.prefix + max(1, round(parts.patches * part))
     counts = (parts.prefix + parts.patches,) * block + (left,) * (parts.depth - block)
     chosen = {}
     for score in scores:
-        model = tokens.keep(probe.plain, counts=counts, score=score)
+        model = tokens.reduce_tokens(probe.plain, counts=counts, score=score)
         with model.recording(), running([model], probe.images.device, probe.dtype):
             kept = [model(x) is not None and model.kept[block] for x in probe.images.split(probe.batch)]
         chosen[score] = F.one_hot(torch.cat(kept), parts.patches).sum(1).double()  # B P, 1 where kept
@@ -134,7 +134,7 @@ def speed(probe, configs, batches, *, seconds=0.3, mode=""):
     """
     rows = []
     for name, config in configs.items():
-        reduced = tokens.keep(probe.plain, config)
+        reduced = tokens.reduce_tokens(probe.plain, config)
         pair = {"plain": probe.plain, "reduced": reduced}
         if mode:  # dynamo keeps few versions of one function, whichever model they are of
             torch.compiler.reset()
@@ -150,27 +150,27 @@ def speed(probe, configs, batches, *, seconds=0.3, mode=""):
 def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
-    "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (a Probe on other
+    "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (a Evaluator on other
     images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
     """
-    model = tokens.keep(probe.plain)
+    model = tokens.reduce_tokens(probe.plain)
     base = {"alpha": alpha, "action": action, "protect": tuple(range(look))}
     levels = [tokens.TokenConfig(r_max=r, **base) for r in strengths]
-    costs = [tokens.keep(probe.plain, level).macs() for level in levels]
+    costs = [tokens.reduce_tokens(probe.plain, level).macs() for level in levels]
     blank = AdaptiveViT(model, levels, [0.0] * (len(levels) - 1), look=look).eval()
     with torch.no_grad():
         sharpness = torch.cat([blank.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
     cuts = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
     learnt = AdaptiveViT(model, levels, cuts, look=look).eval()
     counts = torch.tensor([sum(reducer.counts) for reducer in learnt.reducers], dtype=torch.float32)
-    share = counts.mean().item() / (model.anatomy.depth * (model.anatomy.prefix + model.anatomy.patches))
+    share = counts.mean().item() / (model.adapter.depth * (model.adapter.prefix + model.adapter.patches))
     fit_controller(learnt, fitting.images, fitting.labels, share=share)
     rows = []
     for name, arm in (("by entropy", AdaptiveViT(model, levels, cuts, look=look).eval()), ("by a controller", learnt)):
         probe.run(arm)
         used = arm.used
         macs = sum(u * c for u, c in zip(used, costs)) / sum(used)
-        fixed = tokens.keep(probe.plain, at_macs(probe.plain, max(macs, min(costs)), **base))
+        fixed = tokens.reduce_tokens(probe.plain, fit_budget(probe.plain, max(macs, min(costs)), **base))
         rows.append({"chosen": name, "used": used} | probe.look(arm, macs))
         rows.append({"chosen": f"one for all, as dear as {name}", "used": None} | probe.look(fixed))
     return pd.DataFrame(rows)
@@ -180,7 +180,7 @@ def trial(probe, *, batch, seconds, action="ward"):
     """What `search` wants: config -> (accuracy, latency in ms of `batch` images) on the probe's images."""
 
     def evaluate(config):
-        model = tokens.keep(probe.plain, config, action=action)
+        model = tokens.reduce_tokens(probe.plain, config, action=action)
         return probe.look(model)["accuracy"], probe.times({"": model}, batch, seconds)[""]
 
     return evaluate

@@ -23,13 +23,13 @@ def live():
 
 
 def draw(probe, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="ward"):
-    """One image of `probe` (a token_study.Probe) after each block, and its probabilities plain and reduced."""
-    model = tokens.keep(probe.plain, alpha=alpha, r_max=r_max, score=score, action=action)
+    """One image of `probe` (a token_study.Evaluator) after each block, and its probabilities plain and reduced."""
+    model = tokens.reduce_tokens(probe.plain, alpha=alpha, r_max=r_max, score=score, action=action)
     with running([model], probe.images.device), model.recording():
         one = probe.images[image : image + 1]
         chances = torch.cat([model.plain(one), model(one)])
     chances = chances.float().softmax(1).cpu()
-    raw, grid = probe.raw[image : image + 1], model.anatomy.grid
+    raw, grid = probe.raw[image : image + 1], model.adapter.grid
     views = [("image", raw)]
     for block, (kept, owner) in enumerate(zip(model.kept, model.owners), 1):
         view = mosaic(raw, owner.cpu(), grid) if action in MERGES else faded(raw, present(kept, owner.shape[1]), grid)
@@ -58,7 +58,7 @@ def _figure(views, chances, probe, image, model):
 
 
 def panel(probes, *, interactive=None, **start):
-    """The panel for {name: Probe}: an ipywidgets box, or a figure (interactive=False; None: as `live` says)."""
+    """The panel for {name: Evaluator}: an ipywidgets box, or a figure (interactive=False; None: as `live` says)."""
     if not (live() if interactive is None else interactive):
         return draw(next(iter(probes.values())), **start)
     import ipywidgets as w
