@@ -8,8 +8,9 @@ import torch
 from scipy.special import log_softmax
 from torch import nn
 
-from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, soft_loss, standardised
+from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, standardised
 from vitlab.compress.pruning import structured as S
+from vitlab.metrics.predict import kl_divergence
 from vitlab.models import resnet
 from vitlab.models.resnet import ResNet, ResNetConfig
 from vitlab.models.vit import ViT, ViTConfig
@@ -52,7 +53,7 @@ def test_soft_and_standardised_losses():
     draw = rng.generator(0, "logits")
     own, goal = (3 * torch.randn(5, 10, generator=draw) for _ in range(2))
     for t in (1.0, 4.0, 20.0):
-        assert soft_loss(own, goal, t).item() == pytest.approx(formula_soft(own, goal, t), rel=1e-5)
+        assert t**2 * kl_divergence(own, goal, t).item() == pytest.approx(formula_soft(own, goal, t), rel=1e-5)
     z = goal.double().numpy()
     z = (z - z.mean(1, keepdims=True)) / z.std(1, ddof=1, keepdims=True)
     assert np.allclose(standardised(goal).numpy(), z, atol=1e-5)

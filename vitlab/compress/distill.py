@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlab.compress.pruning.convert import as_slim
-from vitlab.metrics.predict import input_size
+from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.train.loop import hits
 
 KINDS = ("soft", "hard", "zscore")
@@ -89,14 +89,7 @@ class Distill(nn.Module):
             return F.cross_entropy(student, teacher.argmax(1))
         if self.kind == "zscore":
             student, teacher = standardised(student), standardised(teacher)
-        return soft_loss(student, teacher, self.temperature)
-
-
-def soft_loss(student, teacher, temperature):
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch (Hinton et al. 2015)."""
-    target = F.log_softmax(teacher / temperature, dim=1)
-    own = F.log_softmax(student / temperature, dim=1)
-    return F.kl_div(own, target, reduction="batchmean", log_target=True) * temperature**2
+        return self.temperature**2 * kl_divergence(student, teacher, self.temperature)
 
 
 def standardised(logits):
@@ -212,4 +205,4 @@ def _frozen(teacher, intermediates):
     return copy.deepcopy(teacher).eval().requires_grad_(False)
 
 
-__all__ = ["AttentionMaps", "Distill", "Features", "Locality", "soft_loss", "standardised"]
+__all__ = ["AttentionMaps", "Distill", "Features", "Locality", "standardised"]

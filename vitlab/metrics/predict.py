@@ -1,8 +1,7 @@
 """Running a model over a split: the one place where images are prepared and logits collected."""
 
-import contextlib
-
 import torch
+import torch.nn.functional as F
 
 from vitlab.data.augment import normalize
 from vitlab.data.datasets import batches
@@ -15,13 +14,6 @@ def input_size(model, default):
         return model.config.image_size
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return size[0] if isinstance(size, (tuple, list)) else size or default
-
-
-def autocast(device, dtype):
-    """Autocast to `dtype` on the device; float32 (or None) is no autocast."""
-    if dtype in (None, torch.float32):
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
 def logits(model, split, *, mean, std, size=None, batch_size=512, dtype=None):
@@ -38,3 +30,13 @@ def logits(model, split, *, mean, std, size=None, batch_size=512, dtype=None):
         for images, _ in batches(split, batch_size):
             found.append(model(normalize(images.to(device), mean, std, size=size)).float())
     return torch.cat(found), split.labels.to(device)
+
+
+def kl_divergence(logits, reference, temperature=1.0):
+    """Mean Kullback-Leibler divergence (nats, 0-d) of softmax(logits / T) from softmax(reference / T), both B K.
+
+    KL(reference || logits): what predictions lose that stand in for the reference's. Needs no labels and, unlike
+    accuracy, tells small changes apart.
+    """
+    own, goal = (F.log_softmax(x / temperature, dim=1) for x in (logits, reference))
+    return F.kl_div(own, goal, reduction="batchmean", log_target=True)

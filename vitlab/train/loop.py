@@ -17,10 +17,11 @@ from torch import nn
 
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
-from vitlab.metrics.predict import autocast, input_size, logits
+from vitlab.metrics.predict import input_size, logits
 from vitlab.train.recipe import Recipe
 from vitlab.train.resume import TrainingState
 from vitlab.utils import rng
+from vitlab.utils.device import autocast
 
 __all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
 

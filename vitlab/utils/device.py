@@ -23,6 +23,13 @@ def hold_memory():
     return False
 
 
+def autocast(device, dtype):
+    """Autocast to `dtype` on the device; float32 (or None) is no autocast."""
+    if dtype in (None, torch.float32):
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
 @contextlib.contextmanager
 def running(functions, device, dtype=None):
     """Inference mode, autocast to `dtype`, and the modules among `functions` in eval mode, for a block.
@@ -32,11 +39,8 @@ def running(functions, device, dtype=None):
     modes = {m: m.training for f in functions if isinstance(f, torch.nn.Module) for m in f.modules()}
     for module in modes:
         module.training = False
-    cast = contextlib.nullcontext()
-    if dtype not in (None, torch.float32):
-        cast = torch.autocast(device.type, dtype=dtype)
     try:
-        with torch.inference_mode(), cast:
+        with torch.inference_mode(), autocast(device, dtype):
             yield
     finally:
         for module, training in modes.items():

@@ -2,15 +2,12 @@
 
 import torch
 
+from vitlab.compress.budget import BudgetImpossible, bisect
 from vitlab.compress.pruning.latency import timed
 from vitlab.compress.pruning.shape import KINDS, head_index, kind_of, narrow, sizes
 
 SCOPES = ("global", "layer", "kind")
 ROUNDED = ("qk", "v", "mlp", "embed")  # heads and blocks are counted, not rounded
-
-
-class BudgetImpossible(ValueError):
-    """The smallest model that pruning these kinds allows is above the budget."""
 
 
 def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, scope="global", multiple=8,
@@ -77,15 +74,8 @@ class _Plan:
                 f"allows has {smallest:,.6g} (least={self.least}, multiple={self.multiple}); "
                 f"the unpruned one has {cost(self.config):,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
             )
-        low, high, best = 0.0, 1.0, self.masks(1.0)
-        for _ in range(18 if name == "macs" else 8):  # a measurement costs more than a formula
-            middle = (low + high) / 2
-            masks = self.masks(middle)
-            if cost(narrow(self.config, masks)) <= budget:
-                high, best = middle, masks
-            else:
-                low = middle
-        return best
+        steps = 18 if name == "macs" else 8  # a measurement costs more than a formula
+        return self.masks(bisect(lambda ratio: cost(narrow(self.config, self.masks(ratio))), budget, 0.0, 1.0, steps))
 
     def masks(self, ratio):
         """Masks with the share `ratio` removed within each scope, then rounded."""

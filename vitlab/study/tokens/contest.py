@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 import numpy as np
 import pandas as pd
 
-from vitlab.compress.pruning.budget import BudgetImpossible
+from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.tokens import reduction as tokens
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.scores import SCORES

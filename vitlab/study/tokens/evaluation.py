@@ -18,7 +18,7 @@ from vitlab.compress.tokens.scores import SCORES
 from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics import measure
-from vitlab.metrics.predict import input_size
+from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.models import vit
 from vitlab.study import zoo
 from vitlab.study.study import Arm
@@ -69,9 +69,8 @@ class Evaluator:
         """{"accuracy", "lost" (points), "kl", "macs", "share" of the plain model's MACs} of a reduced model."""
         found = self.run(model)
         macs = model.macs() if macs is None else macs
-        kl = F.kl_div(found.log_softmax(1), self.logits.log_softmax(1), reduction="batchmean", log_target=True)
-        accuracy = self.score(found)
-        return {"accuracy": accuracy, "lost": self.accuracy - accuracy, "kl": kl.item(), "macs": macs,
+        accuracy, kl = self.score(found), kl_divergence(found, self.logits).item()
+        return {"accuracy": accuracy, "lost": self.accuracy - accuracy, "kl": kl, "macs": macs,
                 "share": macs / self.macs}  # fmt: skip
 
     def times(self, models, batch, seconds):

@@ -1,0 +1,16 @@
+"""What every way of making a model cheaper does with a budget."""
+
+
+class BudgetImpossible(ValueError):
+    """The cheapest model that a method allows still costs more than the budget."""
+
+
+def bisect(cost, budget, low, high, steps):
+    """The smallest amount in (low, high] whose cost is within the budget, to (high - low) / 2**steps.
+
+    cost(amount) falls, or stays, as the amount grows; cost(high) is taken to be within the budget, unasked.
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
+    return high
