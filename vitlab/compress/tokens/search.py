@@ -150,9 +150,8 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
         low = high
     else:
         unit, least = "ms" if meter else "multiply-accumulates", min(costs.values())
-        raise BudgetImpossible(
-            f"{budget:,.6g} {unit}: schedule={config.schedule!r}, alpha={config.alpha} reaches no less than {least:,.6g}"
-        )
+        which = f"schedule={config.schedule!r}, alpha={config.alpha}"
+        raise BudgetImpossible(f"{budget:,.6g} {unit}: {which} reaches no less than {least:,.6g}")
     return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
 
 
