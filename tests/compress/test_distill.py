@@ -9,7 +9,12 @@ from scipy.special import log_softmax
 from torch import nn
 
 from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, standardised
-from vitlab.compress.pruning import structured as S
+from vitlab.compress.pruning import slim
+from vitlab.compress.pruning.budget import select
+from vitlab.compress.pruning.convert import as_slim
+from vitlab.compress.pruning.criteria import score
+from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.structured import slim as cut
 from vitlab.metrics.predict import kl_divergence
 from vitlab.models import resnet
 from vitlab.models.resnet import ResNet, ResNetConfig
@@ -203,14 +208,14 @@ def test_fit_trains_projectors_gates_and_slim_students():
     recipe = Recipe(epochs=2, batch=32, augment="", mixup=0.2, lr=1e-3)
     teacher = cnn()
     fit(teacher, dataset(), recipe, log=None)
-    gated = S.GatedViT(student())
-    objective = S.L1(1e-4, Distill(teacher, terms=[Locality(24, 4, (12, 16), depth=3)]))
+    gated = GatedViT(student())
+    objective = L1(1e-4, Distill(teacher, terms=[Locality(24, 4, (12, 16), depth=3)]))
     before = [p.detach().clone() for p in objective.parameters()]
     history = fit(gated, dataset(), recipe, objective=objective, log=None)
     assert len(before) == 4 and not any(torch.equal(a, b) for a, b in zip(before, objective.parameters()))
     assert {"kd", "locality", "l1", "agreement"} <= set(history.rows[0])
     assert not torch.equal(gated.gates["blocks_0_v"], torch.ones(24))
-    small = S.slim(gated, S.select(gated.config, S.score(gated, "gates"), ratio=0.3, multiple=4))
+    small = cut(gated, select(gated.config, score(gated, "gates"), ratio=0.3, multiple=4))
     history = fit(small, dataset(), recipe, objective=Distill(teacher, kind="zscore"), log=None)
     assert history["loss"][1] < history["loss"][0]
 
@@ -251,7 +256,7 @@ def test_resnet_saves_loads_and_refuses(tmp_path):
     resnet.save(model, tmp_path / "cnn.safetensors")
     again = resnet.load(tmp_path / "cnn.safetensors")
     assert again.config == model.config and torch.equal(again(batch().images), model(batch().images))
-    S.save(S.as_slim(student()), tmp_path / "slim.safetensors")
+    slim.save(as_slim(student()), tmp_path / "slim.safetensors")
     with pytest.raises(ValueError, match="was not written"):
         resnet.load(tmp_path / "slim.safetensors")
     for wrong in ({"widths": ()}, {"widths": (8, 8), "residual": (2,)}, {"image_size": 30}):

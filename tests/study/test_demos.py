@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitlab.compress.pruning import structured
+from vitlab.compress.pruning import slim
 from vitlab.compress.tokens import reduction as tokens
 from vitlab.data import datasets as data
 from vitlab.metrics import measure
@@ -21,14 +21,14 @@ def accuracy(model, tiny):
 
 def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
     plain = vit.load(DEMO / "ours-cifar10.safetensors")
-    slim = structured.load(DEMO / "ours-cifar10-slim.safetensors")
+    small = slim.load(DEMO / "ours-cifar10-slim.safetensors")
     fewer = tokens.load(DEMO / "ours-cifar10-ward.safetensors")
     whole = accuracy(plain, tiny)
     assert whole > 75, "500 real images; 10 % would be chance"
     # three standard errors of 500 images
-    assert abs(accuracy(slim, tiny) - whole) < 6 and abs(accuracy(fewer, tiny) - whole) < 6
+    assert abs(accuracy(small, tiny) - whole) < 6 and abs(accuracy(fewer, tiny) - whole) < 6
     macs = measure.macs(plain, (3, 32, 32))
-    assert 0.55 * macs < slim.config.macs() <= 0.6 * macs
+    assert 0.55 * macs < small.config.macs() <= 0.6 * macs
     assert fewer.token_config.action == "ward" and 0.5 * macs < fewer.macs() < 0.8 * macs
     assert all((a == b).all() for a, b in zip(fewer.state_dict().values(), plain.state_dict().values()))
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from vitlab.compress.distill import Distill
-from vitlab.compress.pruning import peers
-from vitlab.compress.pruning import structured as S
+from vitlab.compress.pruning.budget import select
+from vitlab.compress.pruning.criteria import score
+from vitlab.compress.pruning.shape import sizes
+from vitlab.compress.pruning.structured import masked, shape_of, slim
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.study import pruning as pruned
 from vitlab.study import zoo
 from vitlab.study.study import Study
-from vitlab.train.loop import Batch
-from vitlab.utils import rng
 
 matplotlib.use("Agg")
 
@@ -40,8 +40,8 @@ def base(study, data):
 
 
 def gate_masks(base, share=0.7, multiple=4):
-    shape = S.shape_of(base.model)
-    return S.select(shape, S.score(base.model, "gates"), macs=share * shape.macs(), multiple=multiple)
+    shape = shape_of(base.model)
+    return select(shape, score(base.model, "gates"), macs=share * shape.macs(), multiple=multiple)
 
 
 def plain(seed=0, **options):
@@ -63,7 +63,7 @@ def test_the_student_has_the_published_size_and_stays_out_of_the_baselines():
 def test_a_cut_arm_is_exact_and_trained_on_from_there(study, data, base):
     masks = gate_masks(base)
     small = pruned.cut(base, masks, "cut", "cut")
-    assert pruned.same(small.model, S.masked(base.model, masks), data) < 1e-4
+    assert pruned.same(small.model, masked(base.model, masks), data) < 1e-4
     before = copy.deepcopy(small.model.state_dict())
     on = pruned.tuned(study, small, data, {"epochs": 1, "lr": 1e-3}, "on", "on", changes=("less",))
     assert on.spec.changes[-1] == "less" and on.model.config == small.model.config
@@ -80,20 +80,25 @@ def test_a_cut_arm_is_exact_and_trained_on_from_there(study, data, base):
 
 
 def test_models_that_differ_stop_the_notebook(data, base):
-    wrong = S.slim(base.model.core, gate_masks(base))
+    wrong = slim(base.model.core, gate_masks(base))
     with torch.no_grad():
         wrong.norm.weight.mul_(2)
     with pytest.raises(ValueError, match="differ by"):
-        pruned.same(wrong, S.masked(base.model, gate_masks(base)), data)
+        pruned.same(wrong, masked(base.model, gate_masks(base)), data)
 
 
 def test_step_by_step_ends_at_the_budget_with_the_epochs_divided(study, data, base):
     dense = pruned.cut(base, {}, "dense", "dense")
-    target = 0.75 * S.shape_of(dense.model).macs()
+    target = 0.75 * shape_of(dense.model).macs()
     arm, steps = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
                                      rounds=2, images=32, multiple=1)  # fmt: skip
     assert [len(a.history) for a in steps] == [1, 2] and arm is steps[-1]
-    assert 0.9 * target < S.shape_of(arm.model).macs() <= target
+    assert 0.9 * target < shape_of(arm.model).macs() <= target
+    assert shape_of(steps[0].model).macs() > shape_of(arm.model).macs() and not arm.model.training
+    again, _ = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
+                                   rounds=2, images=32, multiple=1)  # fmt: skip
+    assert again.key == arm.key and again.history.resumed == 2, "the second call found both rounds finished"
+    assert all(torch.equal(v, arm.model.state_dict()[k]) for k, v in again.model.state_dict().items())
     with pytest.raises(ValueError, match="rounds=4"):
         pruned.step_by_step(study, dense, data, {"epochs": 3}, "", "", macs=target, rounds=4, images=32)
 
@@ -102,7 +107,7 @@ def test_sweep_holds_the_budget_for_every_criterion(data, base):
     rows = pruned.sweep(base, data, ["gates", "taylor", "random"], [0.85, 0.7], images=32, multiple=1, seconds=0.01)
     full = rows.macs[0]
     assert list(rows.way) == ["unpruned", "gates", "gates", "taylor", "taylor", "random", "random"]
-    assert full == S.shape_of(base.model).macs() and (rows.macs <= rows.share * full).all()
+    assert full == shape_of(base.model).macs() and (rows.macs <= rows.share * full).all()
     assert rows.accuracy[0] == pytest.approx(pruned.validated(base.model, data), abs=0.3)
     assert (rows.latency_ms > 0).all()
     left, right = pruned.ranking(rows, "title").axes
@@ -117,17 +122,17 @@ def test_sweep_over_structures_leaves_out_what_cannot_be_reached(data, base):
     ways = {"blocks": {"criterion": "taylor", "kinds": ("block",)},
             "MLP": {"criterion": "taylor", "kinds": ("mlp",), "multiple": 1}}  # fmt: skip
     rows = pruned.sweep(base, data, ways, [0.9, 0.7], images=32, seconds=0.01)
-    full, hidden = rows.macs[0], S.shape_of(base.model).blocks[0].hidden
+    full, hidden = rows.macs[0], shape_of(base.model).blocks[0].hidden
     assert rows[rows.way == "blocks"].share.tolist() == [0.9, 0.7] and (rows.macs <= rows.share * full).all()
-    least = S.slim(base.model, {f"blocks.{i}.mlp": torch.zeros(hidden) for i in (0, 1)}).config.macs()
+    least = slim(base.model, {f"blocks.{i}.mlp": torch.zeros(hidden) for i in (0, 1)}).config.macs()
     assert 0.7 * full < least < 0.9 * full and rows[rows.way == "MLP"].share.tolist() == [0.9]
     with pytest.raises(ValueError, match="criterion='tailor'"):
         pruned.sweep(base, data, {"x": {"criterion": "tailor"}}, [0.9], images=32, seconds=0.01)
 
 
 def test_kept_share_by_hand():
-    shape = S.shape_of(plain())
-    masks = {k: torch.ones(n, dtype=torch.bool) for k, n in S.sizes(shape, ("qk", "v", "mlp")).items()}
+    shape = shape_of(plain())
+    masks = {k: torch.ones(n, dtype=torch.bool) for k, n in sizes(shape, ("qk", "v", "mlp")).items()}
     masks["blocks.1.v"][:12] = False
     masks["blocks.0.mlp"][::4] = False
     found = pruned.kept_share(shape, masks)
@@ -151,49 +156,15 @@ def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, b
     whole = torch.ones(32, dtype=torch.bool)
     even, uneven = whole.clone(), whole.clone()
     even[[3, 20]] = uneven[[3, 4]] = False  # one value channel of each head, two of the first
-    folded = dataclasses.replace(base, model=S.slim(base.model))
+    folded = dataclasses.replace(base, model=slim(base.model))
     gates = dataclasses.replace(base, model=copy.deepcopy(base.model))
     with torch.no_grad():
         gates.model.gates["blocks_0_v"][:] = torch.linspace(0.2, 2, 32)
     assert pruned.same(pruned.published_export(folded, {"blocks.0.v": even}),
-                       S.masked(folded.model, {"blocks.0.v": even}), data) < 1e-5  # fmt: skip
+                       masked(folded.model, {"blocks.0.v": even}), data) < 1e-5  # fmt: skip
     for arm, mask in ((folded, uneven), (gates, even)):
         masks = {"blocks.0.v": mask}
         wrong = pruned.published_export(arm, masks)
         assert wrong.config.parameters() == pruned.cut(arm, masks, "", "").model.config.parameters()
         with pytest.raises(ValueError, match="differ by"):
-            pruned.same(wrong, S.masked(arm.model, masks), data)
-
-
-def test_torch_pruning_meets_the_budget_and_prefers_large_weights():
-    pytest.importorskip("torch_pruning")
-    model = plain()
-    with torch.no_grad():  # the last MLP channels of a block are next to nothing
-        model.blocks[0].mlp.fc1.weight[32:] *= 1e-3
-        model.blocks[0].mlp.fc1.bias[32:] *= 1e-3
-        model.blocks[0].mlp.fc2.weight[:, 32:] *= 1e-3
-    shape = S.shape_of(model)
-    masks = peers.torch_pruning(model, 0.85 * shape.macs(), multiple=4)
-    small = S.slim(model, masks)
-    assert 0.7 * shape.macs() < small.config.macs() <= 0.85 * shape.macs()
-    assert not masks["blocks.0.mlp"][32:].any() and masks["blocks.1.mlp"].sum() >= masks["blocks.0.mlp"].sum()
-    with pytest.raises(ValueError, match="smallest model"):
-        peers.torch_pruning(model, 1000, step=0.2)
-
-
-def test_timms_distillation_is_the_same_loss_and_gradient():
-    pytest.importorskip("timm.task")
-    student, teacher = plain(1), plain(2)
-    draw = rng.generator(0, "images")
-    labels = torch.arange(8) % 10
-    targets = torch.nn.functional.one_hot(labels, 10).float() * 0.9 + 0.01
-    batch = Batch(torch.randn(8, 3, 16, 16, generator=draw), targets, labels, 0)
-    found = []
-    for objective in (Distill(teacher, temperature=3.0, alpha=0.6),
-                      peers.timm_distillation(teacher, temperature=3.0, alpha=0.6)):  # fmt: skip
-        student.zero_grad()
-        loss, logs = objective(student, batch)
-        loss.backward()
-        found.append((loss, logs["kd"], student.blocks[0].attn.qkv.weight.grad.clone()))
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found))
-    assert not any(p.requires_grad and p.grad is not None for p in teacher.parameters())
+            pruned.same(wrong, masked(arm.model, masks), data)

@@ -2,6 +2,8 @@
 
 import torch
 
+from vitlab.utils.device import evaluating
+
 
 def rollout(maps, residual=0.5):
     """Attention rollout (Abnar & Zuidema 2020, eq. 1): the product over the blocks of
@@ -32,10 +34,8 @@ def to_grid(attention, config):
 
 def looks(model, images):
     """{"last block": B g g, "rollout": B g g} of a ViT on normalised images B C H W, in eval mode."""
-    training = model.training
-    with torch.no_grad():
-        _, seen = model.eval()(images, intermediates=True)
-    model.train(training)
+    with evaluating(model), torch.no_grad():
+        _, seen = model(images, intermediates=True)
     maps = seen["attention"]
     return {
         "last block": to_grid(maps[-1].mean(dim=1), model.config),

@@ -6,6 +6,7 @@ import statistics
 import torch
 
 from vitlab.models.vit import ViT, attention_class, macs
+from vitlab.utils.device import evaluating
 
 PUBLISHED = {"ripple": {"stages": 3}, "hydra": {"branches": 4}}
 
@@ -89,16 +90,14 @@ def receptive_field(model, images):
     The mean over normalised images B C H W of |d (sum of its last features) / d pixel|, channels summed, scaled to
     a sum of 1. The model is run in eval mode; its mode is put back.
     """
-    training, config = model.training, model.config
-    model.eval()
+    config = model.config
     images = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         x = model.embed(images)
         for block in model.blocks:
             x = block(x)
         middle = config.prefix_tokens + (config.grid // 2) * (config.grid + 1)
         (slope,) = torch.autograd.grad(x[:, middle].sum(), images)
-    model.train(training)
     field = slope.abs().sum(dim=1).mean(dim=0)
     return field / field.sum()
 

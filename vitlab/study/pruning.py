@@ -7,7 +7,12 @@ import math
 
 import torch
 
-from vitlab.compress.pruning import structured as S
+from vitlab.compress.budget import BudgetImpossible
+from vitlab.compress.pruning.budget import select
+from vitlab.compress.pruning.criteria import calibration, score
+from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.slim import SlimViT
+from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
 from vitlab.study import plots
@@ -23,14 +28,14 @@ KINDS = ("qk", "v", "mlp")
 def gated(study, spec, data, seed, *, l1, kinds=KINDS, build):
     """The Arm of a `zoo.Spec` trained with gates under an L1 penalty; its model is a `GatedViT`."""
     return study.arm(
-        spec, data, seed, build=lambda config: S.GatedViT(build(config), kinds), objective=S.L1(l1),
+        spec, data, seed, build=lambda config: GatedViT(build(config), kinds), objective=L1(l1),
         variant=["gates", list(kinds), l1], name=f"{spec.name} gated",
     )  # fmt: skip
 
 
 def cut(arm, masks, name, title):
     """The Arm of the smaller model that `masks` leave of an arm's, not trained further ({}: gates folded in)."""
-    small = S.slim(arm.model, masks).eval()
+    small = slim(arm.model, masks).eval()
     chosen = {k: m.int().tolist() for k, m in masks.items()}
     spec = dataclasses.replace(arm.spec, name=name, title=title, config=small.config)
     return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec)
@@ -54,13 +59,13 @@ def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, how
 
 def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
     """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided."""
-    start, steps, epochs = S.shape_of(arm.model).macs(), [], recipe["epochs"]
+    start, steps, epochs = shape_of(arm.model).macs(), [], recipe["epochs"]
     if not 1 <= rounds <= epochs:
         raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
     for i in range(rounds):
         target = int(start * (macs / start) ** ((i + 1) / rounds))
-        scores = S.score(arm.model, "taylor", kinds=kinds, data=calibrated(arm, data, images))
-        masks = S.select(S.shape_of(arm.model), scores, macs=target, multiple=multiple)
+        scores = score(arm.model, "taylor", kinds=kinds, data=calibrated(arm, data, images))
+        masks = select(shape_of(arm.model), scores, macs=target, multiple=multiple)
         part = epochs * (i + 1) // rounds - epochs * i // rounds
         last = i + 1 == rounds
         arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part},
@@ -71,8 +76,8 @@ def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images,
 
 def calibrated(arm, data, images):
     """The calibration batches of an arm's seed."""
-    size = S.shape_of(arm.model).image_size
-    return S.calibration(data, images, seed=arm.seed, size=size)
+    size = shape_of(arm.model).image_size
+    return calibration(data, images, seed=arm.seed, size=size)
 
 
 def same(first, second, data, *, images=256, tolerance=1e-4):
@@ -103,17 +108,17 @@ def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=
     """
     import pandas as pd
 
-    shape, dtype = S.shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
+    shape, dtype = shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
     ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
-    models = {("unpruned", 1.0): S.slim(arm.model).eval()}
+    models = {("unpruned", 1.0): slim(arm.model).eval()}
     for name, options in ways.items():
         options = {"criterion": name, "kinds": KINDS, "multiple": multiple} | options
         batches = calibrated(arm, data, images)
-        scores = S.score(arm.model, options.pop("criterion"), kinds=options.pop("kinds"), data=batches, seed=arm.seed)
+        scores = score(arm.model, options.pop("criterion"), kinds=options.pop("kinds"), data=batches, seed=arm.seed)
         for share in shares:
-            with contextlib.suppress(S.BudgetImpossible):  # such as MLPs alone, far down
-                masks = S.select(shape, scores, macs=share * shape.macs(), **options)
-                models[name, share] = S.slim(arm.model, masks).eval()
+            with contextlib.suppress(BudgetImpossible):  # such as MLPs alone, far down
+                masks = select(shape, scores, macs=share * shape.macs(), **options)
+                models[name, share] = slim(arm.model, masks).eval()
     side = (shape.in_chans, shape.image_size, shape.image_size)
     first = next(iter(models.values()))
     times = compare(models, example(first, side, batch), dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
@@ -184,8 +189,8 @@ def published_export(arm, masks):
     The kept channels of a block keep their order and are split into equal heads wherever they came from; what
     does not divide is left out at the end. For showing what that costs; `cut` is what to use.
     """
-    core = arm.model.core if isinstance(arm.model, S.GatedViT) else arm.model
-    exact, blocks = S.slim(core, masks), []
+    core = arm.model.core if isinstance(arm.model, GatedViT) else arm.model
+    exact, blocks = slim(core, masks), []
     state = exact.state_dict()
     for i, block in enumerate(exact.config.blocks):
         heads = len(block.each_head) and len(core.config.blocks[i].each_head)
@@ -198,7 +203,7 @@ def published_export(arm, masks):
                     state[at + name] = torch.cat([p[: heads * n] for p, n in zip(parts, (qk, qk, v))])
             state[at + "proj.weight"] = state[at + "proj.weight"][:, : heads * v]
         blocks.append(dataclasses.replace(block, heads=((heads, qk, v),) if heads else ()))
-    model = S.SlimViT(dataclasses.replace(exact.config, blocks=tuple(blocks)))
+    model = SlimViT(dataclasses.replace(exact.config, blocks=tuple(blocks)))
     model.load_state_dict(state)
     return model.to(device_of(arm.model)).eval()
 

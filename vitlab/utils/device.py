@@ -31,20 +31,26 @@ def autocast(device, dtype):
 
 
 @contextlib.contextmanager
+def evaluating(*models):
+    """Eval mode for a block; then each module's own mode is put back. What is no module is passed over."""
+    modes = {m: m.training for model in models if isinstance(model, torch.nn.Module) for m in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
 def running(functions, device, dtype=None):
     """Inference mode, autocast to `dtype`, and the modules among `functions` in eval mode, for a block.
 
     Autocast keeps its cast weights that long, so repeated runs pay for them once, as a server does.
     """
-    modes = {m: m.training for f in functions if isinstance(f, torch.nn.Module) for m in f.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        with torch.inference_mode(), autocast(device, dtype):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(*functions), torch.inference_mode(), autocast(device, dtype):
+        yield
 
 
 def device_name(device):

@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+LATER = {"later": True}  # metadata of a dataclass field that was added after arms had been trained
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -47,6 +49,27 @@ def plain(value):
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def identity(value):
+    """What tells a configuration or recipe (a dataclass) from others, as plain data: what keys are made of.
+
+    A field declared with `metadata=LATER` is left out while it has its default, so that the keys of what was
+    trained before the field existed stay as they were. Configurations within it are treated likewise.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        told = [f for f in dataclasses.fields(value)
+                if not (f.metadata.get("later") and getattr(value, f.name) == _default(f))]  # fmt: skip
+        return {f.name: identity(getattr(value, f.name)) for f in told}
+    if isinstance(value, dict):
+        return {str(k): identity(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [identity(v) for v in value]
+    return plain(value)
+
+
+def _default(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def write_text(path, text):

@@ -1,11 +1,13 @@
 """Methods at equal cost and on the same images, held against what can be worked out by hand."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
-from vitlab.metrics.paired import paired_difference
+from vitlab.metrics.statistics import holm, paired_difference
 from vitlab.study.tokens import comparison as tc
 from vitlab.study.tokens import plots as token_plots
 
@@ -23,7 +25,7 @@ def test_methods_cost_the_same(evaluator, calibration):
     assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
     by = rows.set_index("method")
     counts = (evaluator.plain.config.tokens, *by.tokens[tc.CONSTANT])
-    steps = [before - after for before, after in zip(counts, counts[1:])]
+    steps = [before - after for before, after in itertools.pairwise(counts)]
     assert max(steps) - min(steps) <= 1, "ToMe's own schedule: the same number in every block, up to rounding"
     draws = [TokenConfig(score="random", pooled_last=True, seed=s, counts=by.tokens[tc.RANDOM]) for s in (0, 1)]
     mean = sum(evaluator.evaluate(reduce_tokens(evaluator.plain, c))["accuracy"] for c in draws) / 2
@@ -50,11 +52,13 @@ def test_paired_rows_are_differences_on_the_same_images(evaluator):
     right = {k: evaluator.right(evaluator.run(reduce_tokens(evaluator.plain, c[0]))) for k, c in configs.items()}
     for name in configs:
         found = paired_difference(right[name], evaluator.correct)
-        assert rows.change[name] == found.change == pytest.approx(rows.accuracy[name] - evaluator.accuracy)
-        assert (rows.low[name], rows.high[name], rows.p[name]) == (found.low, found.high, found.p)
+        assert rows.change[name] == found.points == pytest.approx(rows.accuracy[name] - evaluator.accuracy)
+        assert (rows.low[name], rows.high[name]) == (found.low, found.high)
         assert rows.macs[name] == reduce_tokens(evaluator.plain, configs[name][0]).macs()
+    alone = [paired_difference(right[name], evaluator.correct).p for name in configs]
+    assert rows.p.tolist() == holm(alone)
     against = tc.paired([evaluator], configs, against="b")
-    assert list(against.index) == ["a"] and against.change["a"] == paired_difference(right["a"], right["b"]).change
+    assert list(against.index) == ["a"] and against.change["a"] == paired_difference(right["a"], right["b"]).points
     twice = tc.paired([evaluator, evaluator], {k: c * 2 for k, c in configs.items()})
     assert twice.change.tolist() == pytest.approx(rows.change.tolist())
     token_plots.intervals({"model": rows}, label="points")

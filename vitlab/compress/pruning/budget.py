@@ -11,17 +11,17 @@ ROUNDED = ("qk", "v", "mlp", "embed")  # heads and blocks are counted, not round
 
 
 def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, scope="global", multiple=8,
-           even=False, least=0.0, per_mac=False):  # fmt: skip
+           uniform=False, least=0.0, per_mac=False):  # fmt: skip
     """Masks ({structure: bool tensor}) that keep the best-scored units within one budget.
 
-    config: of a SlimViT or GatedViT; scores: {structure: tensor}, larger = keep (`scoring.score`).
+    config: of a SlimViT or GatedViT; scores: {structure: tensor}, larger = keep (`criteria.score`).
     Give one of: ratio (share of the units removed, in (0, 1)), macs (of one image, absolute), latency (ms, by
     `meter(SlimConfig) -> ms`; default `timed`).
     scope: units are ranked "global"ly, per "layer" (structure), or per "kind" of structure over all
     layers (isomorphic pruning, Fang et al. 2024). per_mac: scores are divided by what a unit costs.
     multiple: widths (a head's query/key and value channels, MLP, embedding) become its nearest multiple.
-    even: all heads left in a block get equal widths, so that one attention call does them. least: share of
-    every structure that stays whatever its scores.
+    uniform: all heads left in a block get equal widths. least: share of every structure that stays whatever its
+    scores.
 
     Raises BudgetImpossible (a ValueError) for a budget that is missed at the smallest model these kinds allow,
     ValueError for a ratio that removes nothing and for options that are not known.
@@ -38,19 +38,19 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
         if known.get(name) != len(score):
             raise ValueError(f"score {name!r} of {len(score)} units: the model has {known}")
     scores = {k: s.detach().float().cpu() / (unit_macs(config, k) if per_mac else 1.0) for k, s in scores.items()}
-    plan = _Plan(config, scores, scope, multiple, even, least)
+    ranking = _Ranking(config, scores, scope, multiple, uniform, least)
     if ratio is not None:
-        return plan.at_ratio(ratio)
+        return ranking.at_ratio(ratio)
     cost = (lambda c: c.macs()) if macs is not None else (meter or timed)
-    return plan.within(cost, *given.popitem())
+    return ranking.within(cost, *given.popitem())
 
 
-class _Plan:
+class _Ranking:
     """Masks for any share removed, all from one ranking."""
 
-    def __init__(self, config, scores, scope, multiple, even, least):
+    def __init__(self, config, scores, scope, multiple, uniform, least):
         self.config, self.scores, self.scope = config, scores, scope
-        self.multiple, self.even, self.least = multiple, even, least
+        self.multiple, self.uniform, self.least = multiple, uniform, least
 
     def at_ratio(self, ratio):
         if not 0 < ratio < 1:
@@ -93,7 +93,7 @@ class _Plan:
             found[name] = self.rounded(name, mask)
         if "embed" in found and not found["embed"].any():
             found["embed"] = best(self.scores["embed"], min(self.multiple, self.config.dim))
-        return self.evened(found) if self.even else found
+        return self.with_uniform_heads(found) if self.uniform else found
 
     def rounded(self, name, mask):
         kind, score = kind_of(name), self.scores[name]
@@ -114,7 +114,7 @@ class _Plan:
         floor = -int(-self.least * full // self.multiple) * self.multiple
         return min(full, max(nearest, floor))
 
-    def evened(self, masks):
+    def with_uniform_heads(self, masks):
         """Equal query/key and value widths of the heads left in a block: the rounded mean of their counts."""
         for i, block in enumerate(self.config.blocks):
             names = [n for n in (f"blocks.{i}.qk", f"blocks.{i}.v") if n in masks]

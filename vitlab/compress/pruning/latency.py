@@ -1,37 +1,25 @@
 """How long a model of a given shape takes: timed directly, or added up from a table measured once."""
 
 import bisect
-import statistics
-import time
 from dataclasses import replace
-
-import torch
 
 from vitlab.compress.pruning.shape import SlimBlock
 from vitlab.compress.pruning.slim import SlimViT
-from vitlab.utils.device import running
+from vitlab.metrics.meters import latency
+from vitlab.utils.device import example
 
 
-def timed(config, batch=64, repeats=10, device="cpu", dtype=None):
+def timed(config, batch=64, device="cpu", dtype=None, seconds=0.2):
     """Median time in ms of a forward pass of `batch` images through a model of this shape, warmed up."""
     model = SlimViT(config).eval().to(device)
-    images = torch.randn(batch, config.in_chans, config.image_size, config.image_size, device=device)
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times = []
-    with running([model], torch.device(device), dtype):
-        for _ in range(repeats + 3):
-            wait()
-            start = time.perf_counter()
-            model(images)
-            wait()
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[3:])
+    images = example(model, (config.in_chans, config.image_size, config.image_size), batch)
+    return 1e3 * latency(model, images, dtype=dtype, warmup=3, seconds=seconds).median_s
 
 
 class LatencyTable:
     """Latency (ms) of any pruned shape of `config`: stem and head, plus each block's attention and MLP.
 
-    A few widths of each are measured once (`measure(SlimConfig) -> ms`, default `timed`) and interpolated
+    A few widths of each are measured once (`measure(config) -> ms`, default `timed`) and interpolated
     linearly between, so that a search over shapes is quick and repeatable. `table(shape)` -> ms.
     `rows` holds what was measured: {"attention" | "mlp": [(channels, ms a block)]}.
     """

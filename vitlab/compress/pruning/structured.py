@@ -1,25 +1,26 @@
 """Exact structured pruning of Vision Transformers.
 
+    small, masks = prune(model, data=calibration(data), macs=0.6 * shape_of(model).macs())
+
+is, in steps,
+
     scores = score(model, "taylor", data=calibration(data))
     masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs())
     small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
 
-or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`; or
-bit by bit with recovery, `prune_and_recover`. `save`/`load` keep any result with its configuration.
+or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`.
 """
 
 import copy
 
 import torch
 
-from vitlab.compress.pruning.budget import BudgetImpossible, select
+from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.convert import as_slim
-from vitlab.compress.pruning.criteria import CRITERIA, calibration, score
-from vitlab.compress.pruning.gates import L1, GatedViT, load_gated, save_gated
-from vitlab.compress.pruning.latency import LatencyTable, timed
-from vitlab.compress.pruning.shape import KINDS, SlimBlock, SlimConfig, kept, narrow, sizes
-from vitlab.compress.pruning.slim import SlimViT, load, save
-from vitlab.train.loop import cross_entropy, fit
+from vitlab.compress.pruning.criteria import score
+from vitlab.compress.pruning.gates import GatedViT
+from vitlab.compress.pruning.shape import kept, narrow
+from vitlab.compress.pruning.slim import SlimViT
 
 
 def shape_of(model):
@@ -102,55 +103,12 @@ def _block(state, block, heads, hidden, embed):
 
 
 def prune(model, *, criterion="taylor", kinds=("qk", "v", "mlp"), data=None, seed=0, norm="all", **budget):
-    """Score, select and cut in one call: (SlimViT, masks). budget: options of `budget.select`."""
+    """Score, select and cut in one call: (the smaller plain ViT, masks).
+
+    model: a ViT of ours or timm's. criterion, kinds, data: as in `criteria.score` ("taylor" needs data, see
+    `criteria.calibration`); norm: as in `slim`; budget: one of ratio=, macs=, latency= and further options of
+    `budget.select`. Raises ValueError for a model that cannot be pruned and for a budget that cannot be met.
+    """
     scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
     masks = select(shape_of(model), scores, **budget)
     return slim(model, masks, norm), masks
-
-
-def prune_and_recover(
-    model,
-    data,
-    recipe,
-    *,
-    macs,
-    rounds=4,
-    criterion="taylor",
-    kinds=("qk", "v", "mlp"),
-    objective=cross_entropy,
-    images=256,
-    checkpoint=None,
-    norm="all",
-    log=print,
-    **options,
-):
-    """Prune a little, train, repeat, down to `macs` multiply-accumulates an image: (SlimViT, [row a round]).
-
-    The budget falls by equal factors. Every round trains the physically smaller model with `recipe`
-    (its epochs are per round). checkpoint: a path without suffix; each round resumes from its own file.
-    options: further ones of `budget.select`. A row: round, macs, parameters, history.
-    """
-    start, rows = shape_of(model).macs(), []
-    if rounds < 1 or not 0 < macs < start:
-        raise ValueError(f"rounds={rounds}, macs={macs:,}: at least one round and fewer than {start:,} are needed")
-    for i in range(rounds):
-        target = int(start * (macs / start) ** ((i + 1) / rounds))
-        batches = None
-        if criterion in ("taylor", "fisher", "similarity"):
-            batches = calibration(data, images, seed=recipe.seed + i, size=shape_of(model).image_size)
-        model, _ = prune(
-            model, criterion=criterion, kinds=kinds, data=batches, seed=recipe.seed + i, macs=target,
-            norm=norm, **options,
-        )  # fmt: skip
-        path = f"{checkpoint}-round{i + 1}.safetensors" if checkpoint else None
-        history = fit(model, data, recipe, objective=objective, checkpoint=path, log=log, name=f"round {i + 1}")
-        shape = model.config
-        rows.append({"round": i + 1, "macs": shape.macs(), "parameters": shape.parameters(), "history": history})
-    return model, rows
-
-
-__all__ = [
-    "CRITERIA", "KINDS", "L1", "BudgetImpossible", "GatedViT", "LatencyTable", "SlimBlock", "SlimConfig", "SlimViT",
-    "as_slim", "calibration", "kept", "load", "load_gated", "masked", "narrow", "prune", "prune_and_recover", "save",
-    "save_gated", "score", "select", "shape_of", "sizes", "slim", "timed",
-]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import entropy
-from vitlab.utils.device import running
+from vitlab.utils.device import evaluating
 
 
 class PruneFrom:
@@ -234,7 +234,7 @@ def _fitted(table, seen, shares, price, epochs, lr, seed):
 def _table(adaptive, images, labels, batch):
     """Cross-entropy of every image at every level, B levels, and the features, B 5."""
     rows, seen = [], []
-    with running([adaptive], images.device):
+    with evaluating(adaptive):
         for part, target in zip(images.split(batch), labels.split(batch)):
             _, found, state = adaptive.gaze(part)
             outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]

@@ -10,14 +10,13 @@ import functools
 from statistics import fmean, pstdev
 
 import pandas as pd
-import torch
 
 from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.tokens import search
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SCORES
-from vitlab.metrics.paired import paired_difference
+from vitlab.metrics.statistics import holm, paired_difference, seed_difference
 from vitlab.utils.device import example
 
 CONTROLS = ("random", "grid")
@@ -122,21 +121,22 @@ def paired(evaluators, configs, against="plain"):
     """How methods differ in accuracy on the same images: a row a method, of one or several seeds.
 
     evaluators: one a seed; configs: {name: a TokenConfig a seed}; against: "plain" or a name, what is compared with.
-    Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval over the images), p, macs.
+    Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval: of the images for one seed,
+    over the seeds for several), p (adjusted for the number of methods, Holm), macs.
     """
-    correct = {"plain": torch.stack([e.correct for e in evaluators])}
+    right, rows = {"plain": [e.correct for e in evaluators]}, {}
     models = {name: [reduce_tokens(e.plain, c) for e, c in zip(evaluators, each)] for name, each in configs.items()}
     for name, each in models.items():
-        correct[name] = torch.stack([e.right(e.run(model)) for e, model in zip(evaluators, each)])
-    rows = {}
-    for name, each in models.items():
-        if name != against:
-            one, other = (c[0] if len(c) == 1 else c for c in (correct[name], correct[against]))
-            found = paired_difference(one, other)
-            rows[name] = {"accuracy": 100 * correct[name].double().mean().item(), "change": found.change,
-                          "low": found.low, "high": found.high, "p": found.p,
-                          "macs": fmean(model.macs() for model in each)}  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        right[name] = [e.right(e.run(model)) for e, model in zip(evaluators, each)]
+    accuracy = {name: [100 * r.double().mean().item() for r in each] for name, each in right.items()}
+    for name in configs.keys() - {against}:
+        several = len(evaluators) > 1
+        found = (seed_difference(accuracy[name], accuracy[against]) if several
+                 else paired_difference(right[name][0], right[against][0]))  # fmt: skip
+        rows[name] = {"accuracy": fmean(accuracy[name]), "change": found.points, "low": found.low, "high": found.high,
+                      "p": found.p, "macs": fmean(model.macs() for model in models[name])}  # fmt: skip
+    table = pd.DataFrame.from_dict({name: rows[name] for name in configs if name in rows}, orient="index")
+    return table.assign(p=holm(table.p.tolist())).rename_axis("method")
 
 
 def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1, merge=SIZE_PRICED):

@@ -1,0 +1,110 @@
+"""How sure a difference is: on the same images, over seeds, among several comparisons.
+
+One sign convention: a change in accuracy, in points, negative = worse.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+
+import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference in points with its interval [low, high], and the p-value of there being none."""
+
+    points: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def clear(self):
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(correct_a, correct_b, level=0.95):
+    """Accuracy of a minus that of b on the same images, as a Difference.
+
+    correct_a, correct_b: bool N, which images were judged rightly. Only those on which the two disagree tell them
+    apart: the interval is Wald's after adding 1/2 to each of the four counts (Agresti & Min 2005, "Wald+2"), p is
+    the exact McNemar test's, two-sided. ValueError: nothing to compare, different lengths.
+    """
+    a, b = (torch.as_tensor(c).bool().flatten().cpu() for c in (correct_a, correct_b))
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"a paired comparison needs the same images for both, not {len(a)} and {len(b)}")
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    total, up, down = n + 2, only_a + 0.5, only_b + 0.5
+    middle = (up - down) / total
+    half = _z(level) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
+    points = 100 * (only_a - only_b) / n
+    return Difference(points, 100 * (middle - half), 100 * (middle + half), _mcnemar(only_a, only_b))
+
+
+def _mcnemar(only_a, only_b):
+    """Two-sided p of a fair coin that falls `only_a` times one way and `only_b` times the other."""
+    tosses, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(tosses, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**tosses)  # whole numbers of any length: nothing underflows
+
+
+def t_interval(values, level=0.95):
+    """(mean, half the interval) of values from independent runs by Student's t; ValueError below two of them."""
+    values = [float(v) for v in values]
+    if len(values) < 2:
+        raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
+    return fmean(values), t_quantile((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def seed_difference(a, b, level=0.95):
+    """a minus b over paired seeds (numbers in the same order), as a Difference by the paired t-test."""
+    changes = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    middle, half = t_interval(changes, level)
+    spread = stdev(changes) / math.sqrt(len(changes))
+    p = 2 * (1 - _t_below(abs(middle) / spread, len(changes) - 1)) if spread else float(middle == 0)
+    return Difference(middle, middle - half, middle + half, p)
+
+
+def t_quantile(share, degrees):
+    """The value below which `share` (0.5 to 1) of Student's t with `degrees` of freedom lies."""
+    if not 0.5 <= share < 1 or degrees < 1:
+        raise ValueError(f"t_quantile takes a share in [0.5, 1) and at least one degree, not {share}, {degrees}")
+    low, high = 0.0, 1.0
+    while _t_below(high, degrees) < share:
+        low, high = high, 2 * high
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_below(middle, degrees) < share else (low, middle)
+    return high
+
+
+def _t_below(t, degrees):
+    """P(T <= t), t >= 0, for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    cosine, odd = math.cos(angle), degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + inside) / 2
+
+
+def holm(p_values):
+    """p-values of several comparisons adjusted for their number (Holm 1979), in the given order.
+
+    To reject where an adjusted value is at most 5 % keeps the chance of any false rejection at 5 %.
+    """
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, (len(p_values) - rank) * p_values[i])
+        adjusted[i] = min(1.0, worst)
+    return adjusted
+
+
+def _z(level):
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: a share between 0 and 1, such as 0.95")
+    return NormalDist().inv_cdf((1 + level) / 2)
