@@ -13,3 +13,12 @@ The folders are floors, from the top down; a file imports only from its own floo
 """
 
 __version__ = "0.1.0"
+
+# kind of model -> the module that registers its config (see models.checkpoint); a new method adds its line
+KINDS = {
+    "vit": "vitlab.models.vit",
+    "slim": "vitlab.compress.pruning.slim",
+    "resnet": "vitlab.models.resnet",
+    "gated": "vitlab.compress.pruning.gates",
+    "reduced": "vitlab.compress.tokens.reduction",
+}

@@ -10,7 +10,6 @@ import torch
 from vitlab.metrics import complexity
 from vitlab.metrics.counts import macs as counted
 from vitlab.metrics.counts import parameters
-from vitlab.models import vit
 from vitlab.models.vit import ViT
 from vitlab.study import linear as linear_study
 from vitlab.study import linear_plots, zoo
@@ -112,7 +111,7 @@ def test_published_sizes():
     base = zoo.get("S4/baseline")
     sizes = [linear_study.parameters(linear_study.variant(base, a).config) for a in ("ripple", "hydra")]
     assert [linear_study.parameters(base.config), *sizes] == [21_363_172, 21_667_300, 33_970_660]
-    giga = [linear_study.counted_macs(s.config) / 1e9 for s in (base, *(linear_study.variant(base, a)
+    giga = [s.config.macs() / 1e9 for s in (base, *(linear_study.variant(base, a)
             for a in ("ripple", "hydra")))]  # fmt: skip
     assert [round(g, 4) for g in giga] == [1.4203, 1.4763, 2.3912]
 
@@ -121,15 +120,15 @@ def test_published_sizes():
 def test_counted_macs_and_parameters_are_those_of_the_model(name):
     config = SPEC.config if name == "softmax" else linear_study.variant(SPEC, name).config
     model = ViT(config)
-    assert linear_study.counted_macs(config) == counted(model, (3, 32, 32))
+    assert config.macs() == counted(model, (3, 32, 32))
     assert linear_study.parameters(config) == parameters(model)
 
 
 def test_the_control_costs_what_it_should():
-    target = linear_study.counted_macs(linear_study.variant(SPEC, "hydra").config)
+    target = linear_study.variant(SPEC, "hydra").config.macs()
     control = linear_study.same_macs(SPEC, target, "control")
     unit = SPEC.config.depth * SPEC.config.tokens * 2 * SPEC.config.dim
-    assert abs(vit.macs(control.config) - target) <= unit / 2 and control.config.mlp_dim > SPEC.config.mlp_dim
+    assert abs(control.config.macs() - target) <= unit / 2 and control.config.mlp_dim > SPEC.config.mlp_dim
     assert "mlp_dim" in control.why
     with pytest.raises(ValueError, match="less than"):
         linear_study.same_macs(SPEC, 1000, "control")

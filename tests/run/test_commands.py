@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vitlab import cli
-from vitlab.models import vit
+from vitlab.models import checkpoint
 from vitlab.run import commands
 
 SMALL = ["--dataset", "tiny", "--epochs", "1", "--batch-size", "250", "--dim", "16", "--depth", "1", "--heads", "1",
@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
 
 
 def test_train_leaves_a_model_a_description_and_logs(trained):
-    model = vit.load(trained)
+    model = checkpoint.load(trained)
     assert (model.config.attention, dict(model.config.attention_args)) == ("ripple", {"stages": 1})
     assert (model.config.dim, model.config.mlp_dim, model.config.num_classes) == (16, 64, 10)
     about = json.loads(trained.with_name(trained.name + ".json").read_text())
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, 
     monkeypatch.delenv("VITLAB_DEADLINE")
     assert cli.main(["train", *two, "--checkpoint", str(parts)]) == 2  # not without being told to
     assert cli.main(["train", *two, "--checkpoint", str(parts), "--resume"]) == 0
-    states = [vit.load(p).state_dict() for p in (whole, parts)]
+    states = [checkpoint.load(p).state_dict() for p in (whole, parts)]
     assert all((a == b).all() for a, b in zip(states[0].values(), states[1].values()))
 
 
@@ -112,8 +112,8 @@ def test_other_mistakes(trained, tmp_path, capsys):
     for arguments, said in (
         (["train", *SMALL, "--checkpoint", str(trained)], "exists"),
         (["evaluate", "--checkpoint", str(tmp_path / "none"), "--dataset", "tiny", *out], "is not there"),
-        (["evaluate", "--checkpoint", str(text), "--dataset", "tiny", *out], "no safetensors file"),
-        (["evaluate", "--checkpoint", str(text), *out], "no safetensors file"),
+        (["evaluate", "--checkpoint", str(text), "--dataset", "tiny", *out], "holds no model"),
+        (["evaluate", "--checkpoint", str(text), *out], "holds no model"),
         (["measure"], "either --checkpoint FILE or --timm NAME"),
         (["measure", "--timm", "vit_tiny_patch16_225"], "vit_tiny_patch16_224"),
     ):
@@ -127,4 +127,4 @@ def test_no_kernels_reaches_the_model(tmp_path, capsys):
     given = ["--attention", "hydra", "--hydra-branches", "2", "--no-kernels", "--checkpoint", str(path)]
     assert cli.main(["train", *SMALL, *given]) == 0
     assert "kernels are switched off" in capsys.readouterr().out
-    assert dict(vit.load(path).config.attention_args) == {"branches": 2, "kernels": "off"}
+    assert dict(checkpoint.load(path).config.attention_args) == {"branches": 2, "kernels": "off"}

@@ -2,11 +2,9 @@
 
 import pytest
 
-from vitlab.compress.pruning import slim
-from vitlab.compress.tokens import reduction as tokens
 from vitlab.data import datasets as data
 from vitlab.metrics import measure
-from vitlab.models import vit
+from vitlab.models import checkpoint
 from vitlab.study.study import DEMO
 
 
@@ -20,9 +18,9 @@ def accuracy(model, tiny):
 
 
 def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
-    plain = vit.load(DEMO / "ours-cifar10.safetensors")
-    small = slim.load(DEMO / "ours-cifar10-slim.safetensors")
-    fewer = tokens.load(DEMO / "ours-cifar10-ward.safetensors")
+    plain = checkpoint.load(DEMO / "ours-cifar10.safetensors")
+    small = checkpoint.load(DEMO / "ours-cifar10-slim.safetensors")
+    fewer = checkpoint.load(DEMO / "ours-cifar10-ward.safetensors")
     whole = accuracy(plain, tiny)
     assert whole > 75, "500 real images; 10 % would be chance"
     # three standard errors of 500 images

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vitlab.models import attention_maps as explain
-from vitlab.models import vit
+from vitlab.models import checkpoint
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.run import readme
 from vitlab.run.notebooks import project
@@ -88,9 +88,9 @@ def test_an_arm_that_comes_with_the_project_is_not_trained(study, spec, tmp_path
     first = study.arm(spec, data)
     kept = tmp_path / "demo"
     kept.mkdir()
-    vit.save(copy.deepcopy(first.model).half(), kept / "small.safetensors")
     described = read_json(study.root / "checkpoints" / "tiny" / f"{first.key}.json")
-    (kept / "small.json").write_text(json.dumps(described | {"key": first.key}))
+    about = described | {"key": first.key}
+    checkpoint.save(copy.deepcopy(first.model).half(), kept / "small.safetensors", about)
     monkeypatch.setattr("vitlab.study.study.DEMO", kept)
     other = Study("01_baseline", "cpu", device="cpu", root=tmp_path / "new", log=study.lines.append)
     found = other.arm(spec, data)
@@ -102,13 +102,11 @@ def test_an_arm_that_comes_with_the_project_is_not_trained(study, spec, tmp_path
     assert "epoch 1/1" in study.lines[-1], "--fresh trains it here"
 
 
-@pytest.mark.parametrize("described", sorted(DEMO.glob("*.json")), ids=lambda p: p.stem)
-def test_a_described_demo_is_the_arm_that_its_key_says(described):
-    about = read_json(described)
-    recipe = about["recipe"] | {"seed": about["seed"]}
-    assert arm_key(ViTConfig(**about["config"]), recipe, about["data"], about["variant"]) == about["key"]
-    model = vit.load(described.with_suffix(".safetensors"))
-    assert model.config == ViTConfig(**about["config"]) and about["history"][-1]["epoch"] == recipe["epochs"]
+def test_a_demo_with_a_key_is_the_arm_that_its_key_says():
+    stored = checkpoint.read(DEMO / "ours-cifar10.safetensors")
+    about, recipe = stored.about, stored.about["recipe"] | {"seed": stored.about["seed"]}
+    assert arm_key(stored.config, recipe, about["data"], about["variant"]) == about["key"]
+    assert about["history"][-1]["epoch"] == recipe["epochs"]
 
 
 def test_weights_without_their_description_are_not_an_arm(study, spec):
@@ -143,7 +141,7 @@ def test_rows_are_written_with_provenance_and_read_back(study, spec):
     assert json.loads(json.dumps(row)).items() <= stored.items()
     assert {"commit", "dirty", "versions", "device", "finished"} <= stored.keys()
     assert stored["params"] == sum(p.numel() for p in arm.model.parameters())
-    assert stored["macs"] == vit.macs(arm.model.config)
+    assert stored["macs"] == arm.model.config.macs()
     assert stored["as_published"] is False and "epochs 1 instead of 3" in stored["changes"]
     frame = read_rows(study.root, "tiny")
     assert len(frame) == 1 and frame.accuracy_top1[0] == row["accuracy_top1"]
@@ -180,7 +178,7 @@ def test_our_baseline_keeps_to_its_budget():
     config = zoo.get("ours").config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in ViT(config).parameters())
-    assert 3e6 <= parameters <= 5e6 and vit.macs(config) <= 0.4e9
+    assert 3e6 <= parameters <= 5e6 and config.macs() <= 0.4e9
 
 
 def test_rollout_of_uniform_and_identical_attention_is_known():

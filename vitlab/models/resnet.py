@@ -1,13 +1,14 @@
 """A small fast ResNet for small images: the CNN teacher, trained on the same data as its student."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import nn
 
+from vitlab.models.checkpoint import register
 
+
+@register("resnet")
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
     """Shape of a `ResNet`. widths: channels of the stages, the first at full resolution, each later one at
@@ -33,6 +34,20 @@ class ResNetConfig:
             raise ValueError(f"residual={self.residual}: stages from 0 to {len(self.widths) - 1}")
         if self.image_size % 2 ** (len(self.widths) - 1):
             raise ValueError(f"image_size={self.image_size} cannot be halved {len(self.widths) - 1} times")
+
+    def build(self):
+        """A ResNet of this shape with new weights."""
+        return ResNet(self)
+
+    def macs(self):
+        """Multiply-accumulates of one image (convolutions and the linear layer), in closed form."""
+        total, side, width = self.widths[-1] * self.num_classes, self.image_size, self.in_chans
+        for i, out in enumerate(self.widths):
+            total += 9 * side**2 * width * out  # before its pooling
+            side //= 2 if i else 1
+            total += 2 * 9 * side**2 * out * out * (i in self.residual)
+            width = out
+        return total
 
 
 class ResNet(nn.Module):
@@ -75,45 +90,3 @@ class _Stage(nn.Module):
 def _conv(inputs, outputs):
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-def save(model, path):
-    """Write weights and configuration to one safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from vitlab.utils.files import atomic, plain
-
-    meta = {"format": "vitlab-resnet-1", "config": json.dumps(plain(model.config))}
-    with atomic(path) as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
-
-
-def load(path, device="cpu"):
-    """The ResNet that `save` wrote, in eval mode."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != "vitlab-resnet-1":
-            raise ValueError(f"{path} was not written by vitlab.models.resnet.save (its metadata: {meta})")
-        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    stored = json.loads(meta["config"])
-    if unknown := sorted(set(stored) - {f.name for f in dataclasses.fields(ResNetConfig)}):
-        raise ValueError(f"{path} holds options that this version does not know: {', '.join(unknown)}")
-    model = ResNet(ResNetConfig(**stored))
-    model.load_state_dict(state)
-    return model.eval().to(device)
-
-
-def macs(config):
-    """Closed-form multiply-accumulates of one image (convolutions and the linear layer)."""
-    total, side, width = config.widths[-1] * config.num_classes, config.image_size, config.in_chans
-    for i, out in enumerate(config.widths):
-        total += 9 * side**2 * width * out  # before its pooling
-        side //= 2 if i else 1
-        total += 2 * 9 * side**2 * out * out * (i in config.residual)
-        width = out
-    return total
-
-
-__all__ = ["ResNet", "ResNetConfig", "load", "macs", "save"]

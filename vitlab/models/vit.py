@@ -4,14 +4,13 @@ Every method is a constructor argument of this model: another attention class, s
 Parameters are named as in timm's `VisionTransformer`, so that weights move between the two.
 """
 
-import dataclasses
 import importlib
-import json
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from vitlab.models.checkpoint import register
 from vitlab.models.layers import Attention, Block, ConvStem, PatchStem
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
@@ -21,6 +20,7 @@ ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules be
 PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
 
 
+@register("vit")
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """Shape of a ViT; plain data, so that a checkpoint can carry it.
@@ -92,6 +92,29 @@ class ViTConfig:
     def tokens(self):
         """Tokens in the sequence."""
         return self.grid**2 + self.prefix_tokens
+
+    def build(self):
+        """A ViT of this shape with new weights."""
+        return ViT(self)
+
+    def macs(self):
+        """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
+
+        Per block with N tokens and width D: 4 N D^2 (qkv, proj) + 2 N^2 D (the two attention products), or what an
+        attention of another kind says, + 2 N D H (MLP of width H) + 9 n H for a depthwise 3x3 over the n patches.
+        """
+        n, d, h, patches = self.tokens, self.dim, self.mlp_dim, self.grid**2
+        block = self._attention_macs() + 2 * n * d * h + (9 * patches * h if self.mlp == "conv" else 0)
+        hidden = self.head_hidden
+        head = d * self.num_classes if hidden is None else d * hidden + hidden * self.num_classes
+        return self.depth * block + STEMS[self.stem].macs(self) + head * (1 + self.distilled)
+
+    def _attention_macs(self):
+        if self.attention == "softmax":
+            return 4 * self.tokens * self.dim**2 + 2 * self.tokens**2 * self.dim
+        build = attention_class(self.attention)
+        with torch.device("meta"):  # shapes are enough
+            return build(self.dim, self.heads, config=self, **dict(self.attention_args)).macs()
 
 
 def attention_class(name):
@@ -195,35 +218,6 @@ def _init(module):
             nn.init.zeros_(module.bias)
 
 
-def save(model, path):
-    """Write weights and configuration to one safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from vitlab.utils.files import atomic, plain
-
-    meta = {"format": "vitlab-vit-1", "config": json.dumps(plain(model.config))}
-    with atomic(path) as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, part, meta)
-
-
-def load(path, device="cpu"):
-    """The ViT that `save` wrote, in eval mode; float32 whatever the file's precision."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != "vitlab-vit-1":
-            raise ValueError(f"{path} was not written by vitlab.models.vit.save (its metadata: {meta})")
-        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    stored = json.loads(meta["config"])
-    fields = {f.name for f in dataclasses.fields(ViTConfig)}
-    if unknown := sorted(set(stored) - fields):
-        raise ValueError(f"{path} holds options that this version does not know: {', '.join(unknown)}")
-    model = ViT(ViTConfig(**stored))
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return model.eval().to(device)
-
-
 def from_timm(source):
     """Our ViT with the weights of a `timm.models.VisionTransformer` (plain or distilled DeiT).
 
@@ -263,18 +257,3 @@ def from_timm(source):
     renamed = {k.replace("fc_norm.", "norm."): v for k, v in state.items()}
     model.load_state_dict(renamed)
     return model.train(source.training)
-
-
-def macs(config):
-    """Closed-form multiply-accumulates of one image through a plain softmax ViT (matmuls and convolutions).
-
-    Per block with N tokens and width D: 4 N D^2 (qkv, proj) + 2 N^2 D (the two attention products)
-    + 2 N D H (MLP of width H) + 9 n H over the n patches if the MLP has its depthwise 3x3.
-    """
-    n, d, h, patches = config.tokens, config.dim, config.mlp_dim, config.grid**2
-    block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * h + (9 * patches * h if config.mlp == "conv" else 0)
-    stem = STEMS[config.stem].macs(config)
-    hidden = config.head_hidden
-    head = d * config.num_classes if hidden is None else d * hidden + hidden * config.num_classes
-    return config.depth * block + stem + head * (1 + config.distilled)
-

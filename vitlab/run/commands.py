@@ -74,7 +74,7 @@ def _which(sub, required=True):
 def train(options):
     """Train as asked; the exit code. The model is written to --checkpoint, a description beside it (.json)."""
     from vitlab.data import datasets as data
-    from vitlab.models import linear, vit
+    from vitlab.models import checkpoint, linear, vit
     from vitlab.train.loop import BudgetSpent, fit
     from vitlab.utils import files, rng
     from vitlab.utils.provenance import provenance
@@ -97,7 +97,7 @@ def train(options):
     except BudgetSpent as stop:
         print(f"{stop}; --resume goes on")
         return 75
-    vit.save(model, options.checkpoint)
+    checkpoint.save(model, options.checkpoint)
     files.write_json(options.checkpoint.with_name(f"{options.checkpoint.name}.json"),
                      {"dataset": options.dataset, "data": found.key, "recipe": files.plain(recipe),
                       "config": files.plain(config), "history": history.rows} | provenance(device))  # fmt: skip
@@ -121,7 +121,7 @@ def evaluate(options):
     _same_classes(model, found)
     score = stick.accuracy(model, found.test, mean=found.mean, std=found.std, num_classes=found.num_classes)
     plots.theme()
-    title = f"{model.config.attention} on {found.name}, test images"
+    title = f"{options.checkpoint.stem} on {found.name}, test images"
     plots.save(plots.confusion(score.confusion, found.classes, title=title), options.out / "confusion")
     by_class = dict(zip(found.classes, score.per_class))
     result = dataclasses.asdict(score) | {"per_class": by_class, "dataset": found.name, "data": found.key,
@@ -252,16 +252,9 @@ def _graph(model, folder):
 
 
 def _model(path, device):
-    from safetensors import SafetensorError
+    from vitlab.models import checkpoint
 
-    from vitlab.models import vit
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--checkpoint {path} is not there")
-    try:
-        return vit.load(path, device)
-    except SafetensorError as problem:
-        raise ValueError(f"--checkpoint {path} is no safetensors file ({problem})") from problem
+    return checkpoint.load(path, device)
 
 
 def _data(options, device):

@@ -34,7 +34,7 @@ def of(spec, name=None, *, share=1.0, dataset=None, **recipe):
     """The Run of a `zoo.Spec` on its data; share: of its MACs, where part of it was pruned."""
     epochs = recipe.get("epochs", spec.recipe.epochs)
     images = IMAGES.get(dataset or spec.dataset, IMAGES["cifar10"])
-    return Run(name or spec.name, share * linear_study.counted_macs(spec.config), images, epochs)
+    return Run(name or spec.name, share * spec.config.macs(), images, epochs)
 
 
 def runs(notebook, given):

@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from vitlab.models.vit import ViT, attention_class, macs
+from vitlab.models.vit import ViT
 from vitlab.utils.device import evaluating
 
 PUBLISHED = {"ripple": {"stages": 3}, "hydra": {"branches": 4}}
@@ -46,24 +46,13 @@ def same_macs(spec, target, name):
     """
     config = spec.config
     tokens = config.tokens * 2 * config.dim + (9 * config.grid**2 if config.mlp == "conv" else 0)
-    width = config.mlp_dim + round((target - macs(config)) / (config.depth * tokens))
+    width = config.mlp_dim + round((target - config.macs()) / (config.depth * tokens))
     if width < 1:
         raise ValueError(f"{name}: {target:,} MACs are less than {spec.name} costs without its MLP")
     changes = (*spec.changes, f"mlp_dim {width} instead of {config.mlp_dim}")
     return dataclasses.replace(
         spec, name=name, title=name, config=dataclasses.replace(config, mlp_dim=width), changes=changes
     )
-
-
-def counted_macs(config):
-    """Closed-form multiply-accumulates of one image through a ViT with any attention that knows its own."""
-    if config.attention == "softmax":
-        return macs(config)
-    with torch.device("meta"):
-        build, arguments = attention_class(config.attention), dict(config.attention_args)
-        layer = build(config.dim, config.heads, config=config, **arguments)
-    softmax = 4 * config.tokens * config.dim**2 + 2 * config.tokens**2 * config.dim
-    return macs(config) + config.depth * (layer.macs() - softmax)
 
 
 def parameters(config):

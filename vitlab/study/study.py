@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from vitlab.data import datasets
 from vitlab.metrics.measure import accuracy, measure
+from vitlab.models import checkpoint
 from vitlab.models.vit import ViT
 from vitlab.study import claims, plots, zoo
 from vitlab.train.loop import History, cross_entropy, fit
@@ -106,7 +107,7 @@ class Study:
         model = build(spec.config).to(self.device)
         if not self.fresh or key in self._trained:
             for found in (path, _shipped(key)):
-                if found and found.exists() and found.with_suffix(".json").exists():
+                if found and found.exists() and (found.parent == DEMO or found.with_suffix(".json").exists()):
                     return self._load(found, name, seed, key, model, spec)
         self.log(f"{name}, seed {seed}: training {spec.recipe.epochs} epochs on {data.name}")
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
@@ -137,7 +138,7 @@ class Study:
         )  # fmt: skip
 
     def _load(self, path, name, seed, key, model, spec):
-        stored = read_json(path.with_suffix(".json"))
+        stored = checkpoint.read(path).about if path.parent == DEMO else read_json(path.with_suffix(".json"))
         model.load_state_dict(load_file(path))
         history = History(stored["history"], resumed=len(stored["history"]))
         how = "comes with the project, in half precision" if stored.get("key") else "trained before"
@@ -216,10 +217,7 @@ def arm_key(config, recipe, data, variant=""):
 
 def _shipped(key):
     """Path of the trained arm of that key that comes with the project, or None; VITLAB_FRESH=1 trains it again."""
-    for described in sorted(DEMO.glob("*.json")):
-        if read_json(described)["key"] == key:
-            return described.with_suffix(".safetensors")
-    return None
+    return next((p for p in sorted(DEMO.glob("*.safetensors")) if checkpoint.read(p).about.get("key") == key), None)
 
 
 def _whole_tables():

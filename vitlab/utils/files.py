@@ -55,17 +55,22 @@ def identity(value):
     """What tells a configuration or recipe (a dataclass) from others, as plain data: what keys are made of.
 
     A field declared with `metadata=LATER` is left out while it has its default, so that the keys of what was
-    trained before the field existed stay as they were. Configurations within it are treated likewise.
+    trained before the field existed stay as they were. Models' configurations within it come with their kind.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         told = [f for f in dataclasses.fields(value)
                 if not (f.metadata.get("later") and getattr(value, f.name) == _default(f))]  # fmt: skip
-        return {f.name: identity(getattr(value, f.name)) for f in told}
+        return {f.name: _inner(getattr(value, f.name)) for f in told}
     if isinstance(value, dict):
-        return {str(k): identity(v) for k, v in value.items()}
+        return {str(k): _inner(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [identity(v) for v in value]
+        return [_inner(v) for v in value]
     return plain(value)
+
+
+def _inner(value):
+    kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
+    return identity(value) if kind is None else {"kind": kind} | identity(value)
 
 
 def _default(field):

@@ -7,7 +7,6 @@ from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import score
 from vitlab.compress.pruning.shape import narrow
 from vitlab.compress.pruning.structured import shape_of, slim
-from vitlab.models import vit
 from vitlab.models.vit import ViT, ViTConfig
 
 from .cases import build, images, ours, random_masks
@@ -25,7 +24,7 @@ def test_costs_follow_the_closed_formulas():
     ]:
         model = build(source, name)
         if source == "ours":
-            assert shape_of(model).macs() == vit.macs(model.config)
+            assert shape_of(model).macs() == model.config.macs()
         small = slim(model, random_masks(model))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             small(images(1))

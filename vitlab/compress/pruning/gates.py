@@ -6,14 +6,32 @@ multiplied weights; there is no second model and nothing is patched, and leaving
 pruned model exactly is possible.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from vitlab.compress.pruning.convert import as_slim
-from vitlab.compress.pruning.shape import KINDS, SlimConfig, check, head_index, sizes
-from vitlab.compress.pruning.slim import SlimViT, read, write
+from vitlab.compress.pruning.shape import KINDS, check, head_index, sizes
+from vitlab.models.checkpoint import Wrapper, register
 from vitlab.train.loop import cross_entropy
+
+
+@register("gated")
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig(Wrapper):
+    """A ViT of the config `base` with trainable gates of these kinds."""
+
+    base: object
+    kinds: tuple = ("qk", "v", "mlp")
+
+    def __post_init__(self):
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+
+    def build(self):
+        """A GatedViT of this shape with new weights and open gates."""
+        return GatedViT(self.base.build(), self.kinds)
 
 
 class GatedViT(nn.Module):
@@ -45,11 +63,16 @@ class GatedViT(nn.Module):
 
     @property
     def config(self):
+        return GatedConfig(base=self.core.config, kinds=self.kinds)
+
+    @property
+    def shape(self):
+        """The config of the model inside: its widths, macs() and parameters(), gates not counted."""
         return self.core.config
 
     def mask(self, masks):
         """Set masks ({structure: 0/1 or bool tensor}); structures not named keep theirs."""
-        check(self.config, masks)
+        check(self.shape, masks)
         for name, mask in masks.items():
             getattr(self, f"mask_{_key(name)}").copy_(mask)
 
@@ -68,8 +91,8 @@ class GatedViT(nn.Module):
 
     def folded(self):
         """{parameter: weight with the gates multiplied in} of the parameters that gates touch."""
-        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.config.blocks))]
-        return fold(dict(self.core.named_parameters()), self.config, self.values(), heads)
+        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.shape.blocks))]
+        return fold(dict(self.core.named_parameters()), self.shape, self.values(), heads)
 
     def forward(self, images, intermediates=False):
         return functional_call(self.core, self.folded(), (images, intermediates))
@@ -140,16 +163,3 @@ class L1(nn.Module):
         loss, logs = self.base(model, batch)
         penalty = model.penalty()
         return loss + self.weight * penalty, {**logs, "l1": penalty.detach()}
-
-
-def save_gated(model, path):
-    """Write a `GatedViT` (weights, gates, masks and configuration; no code) to a safetensors file."""
-    write(path, "gated", {"model": model.config, "kinds": model.kinds}, model.state_dict())
-
-
-def load_gated(path, device="cpu"):
-    """The GatedViT that `save_gated` wrote, in eval mode, float32."""
-    config, state = read(path, "gated")
-    model = GatedViT(SlimViT(SlimConfig(**config["model"])), config["kinds"])
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return model.eval().to(device)

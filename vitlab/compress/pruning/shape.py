@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vitlab.models.checkpoint import as_dataclass, register
 from vitlab.models.layers import ConvStem, PatchStem
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
@@ -53,6 +54,7 @@ class SlimBlock:
         return sum(v for _, v in self.each_head)
 
 
+@register("slim")
 @dataclass(frozen=True, kw_only=True)
 class SlimConfig:
     """Shape of a slim ViT; plain data, saved with the weights.
@@ -90,8 +92,7 @@ class SlimConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        blocks = (b if isinstance(b, SlimBlock) else SlimBlock(**b) for b in self.blocks)
-        object.__setattr__(self, "blocks", tuple(blocks))
+        object.__setattr__(self, "blocks", tuple(as_dataclass(SlimBlock, b) for b in self.blocks))
         if not 1 <= self.dim <= self.norm_dim:
             raise ValueError(f"dim={self.dim}: at least 1 embedding channel must be left of {self.norm_dim}")
 

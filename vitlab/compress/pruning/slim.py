@@ -4,8 +4,6 @@ It stands for any ViT that can be pruned here (ours and timm's, see `sources.as_
 so that gates, scores and budgets are written once. Parameters are named as in timm's `VisionTransformer`.
 """
 
-import json
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -260,36 +258,4 @@ class SlimViT(nn.Module):
         return self.classify(seen["pooled"]), seen
 
 
-def write(path, kind, config, state):
-    """Weights and configuration in one safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    from vitlab.utils.files import atomic, plain
-
-    tensors = {k: v.detach().contiguous().cpu().clone() for k, v in state.items()}
-    with atomic(path) as part:
-        save_file(tensors, part, {"format": f"vitlab-{kind}-1", "config": json.dumps(plain(config))})
-
-
-def read(path, kind):
-    """(configuration as plain data, tensors) of a file that `write` wrote."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != f"vitlab-{kind}-1":
-            raise ValueError(f"{path} does not hold a {kind} model of vitlab (its format: {meta.get('format')})")
-        return json.loads(meta["config"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-
-
-def save(model, path):
-    """Write a `SlimViT` (its weights and its configuration; no code) to a safetensors file."""
-    write(path, "slim", model.config, model.state_dict())
-
-
-def load(path, device="cpu"):
-    """The SlimViT that `save` wrote, in eval mode, float32."""
-    config, state = read(path, "slim")
-    model = SlimViT(SlimConfig(**config))
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return model.eval().to(device)
+SlimConfig.build = lambda self: SlimViT(self)

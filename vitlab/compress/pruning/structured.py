@@ -25,7 +25,9 @@ from vitlab.compress.pruning.slim import SlimViT
 
 def shape_of(model):
     """The `SlimConfig` of a model: its widths, `.macs()` and `.parameters()`."""
-    return model.config if isinstance(model, (SlimViT, GatedViT)) else as_slim(model).config
+    if isinstance(model, GatedViT):
+        return model.shape
+    return model.config if isinstance(model, SlimViT) else as_slim(model).config
 
 
 def masked(model, masks):

@@ -231,6 +231,7 @@ def _fitted(table, seen, shares, price, epochs, lr, seed):
                                "share": chosen.tolist()}  # fmt: skip
 
 
+@torch.no_grad()
 def _table(adaptive, images, labels, batch):
     """Cross-entropy of every image at every level, B levels, and the features, B 5."""
     rows, seen = [], []
