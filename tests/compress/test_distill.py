@@ -1,6 +1,7 @@
 """Distillation losses against float64 formulas; the teacher's isolation from student and objective."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from vitlab.models.vit import ViT, ViTConfig
 from vitlab.train.loop import Batch, fit
 from vitlab.train.recipe import Recipe
 from vitlab.utils import rng
+from vitlab.utils.files import plain
 
 TINY = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "heads": 3, "mlp_dim": 40}
 
@@ -176,6 +178,33 @@ def test_a_student_can_be_its_own_teacher():
         model.head.bias.add_(torch.arange(10.0))
     torch.manual_seed(0)
     assert objective(model, batch())[0] > first + 0.1  # the teacher has not moved along
+
+
+def test_an_objective_tells_all_that_changes_a_number():
+    teacher, guide = cnn(), {"dim": 24, "grid": 4, "channels": (16,), "depth": 3}
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.head.weight[0, 0] += 1e-3
+    found = [
+        Distill(teacher), Distill(other), Distill(teacher, alpha=0.5), Distill(teacher, temperature=2.0),
+        Distill(teacher, kind="zscore"), Distill(teacher, terms=[Locality(**guide)]),
+        Distill(teacher, terms=[Locality(**guide, weight=2.0)]), Distill(student()),
+        Distill(teacher, terms=[Locality(**guide, pairs=((0, -1),))]), Distill(student(), terms=[AttentionMaps()]),
+        Distill(student(), terms=[Features((24, 24), 4)]),
+    ]  # fmt: skip
+    told = [json.dumps(plain(objective.describe())) for objective in found]
+    assert len(set(told)) == len(told)
+    assert json.dumps(plain(Distill(copy.deepcopy(teacher)).describe())) == told[0]
+
+
+def test_projectors_start_the_same_whatever_was_drawn_before():
+    first = Locality(24, 4, (12, 16))
+    torch.manual_seed(7)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    second = Locality(24, 4, (12, 16))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert torch.equal(torch.rand(1), drawn), "and nothing is drawn for them"
 
 
 def test_a_copy_and_a_move_take_the_teacher_along():

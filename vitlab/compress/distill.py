@@ -5,6 +5,8 @@ objective = Distill(teacher, kind="hard", alpha=0.5)                   # Touvron
 objective = Distill(teacher, kind="zscore", temperature=2, alpha=0.9)  # Sun et al. 2024
 objective = Distill(teacher, alpha=0, terms=[Locality(192, 8, (128, 256))])   # Li et al. 2022
 fit(student, data, recipe, objective=objective)
+
+Each says of itself what changes a number (`describe`), the teacher by a digest of its weights.
 """
 
 import copy
@@ -16,7 +18,9 @@ from torch import nn
 
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
+from vitlab.utils.device import eager
 
 KINDS = ("soft", "hard", "zscore")
 
@@ -24,15 +28,14 @@ KINDS = ("soft", "hard", "zscore")
 class Distill(nn.Module):
     """Objective: (1 - alpha) * cross-entropy with the targets + alpha * distillation loss + terms.
 
-    kind: "soft": T^2 KL(teacher || student) of logits divided by the temperature T; "zscore": the same of
-    logits standardised per image; "hard": cross-entropy with the teacher's decision. A student with a
-    distillation token (two outputs in training) is taught by the labels on its first head and by the teacher
-    on its second; any other has both on its only one. terms: modules called as term(student's, teacher's
-    intermediates, images), each with `.weight` and `.name` (`Features`, `AttentionMaps`, `Locality`).
+    kind: "soft": T^2 KL(teacher || student) of logits divided by the temperature T; "zscore": the same of logits
+    standardised per image; "hard": cross-entropy with the teacher's decision. A student with a distillation token
+    (two outputs in training) is taught by the labels on its first head and by the teacher on its second; any other has
+    both on its only one. terms: `Features`, `AttentionMaps`, `Locality`, or other `Term`s.
 
-    The teacher is copied, kept in eval mode, without gradients, and is no part of this module's parameters,
-    state or modes; only the terms' projectors are, and `fit` trains those. It moves with `.to(...)`. Its
-    images are resized to what it takes.
+    The teacher is copied, kept in eval mode, without gradients, and is no part of this module's parameters, state or
+    modes; only the terms' projectors are, and `fit` trains those. It moves with `.to(...)`. Its images are resized to
+    what it takes.
     """
 
     def __init__(self, teacher, *, kind="soft", temperature=4.0, alpha=0.7, terms=()):
@@ -43,13 +46,18 @@ class Distill(nn.Module):
             raise ValueError(f"alpha={alpha}, temperature={temperature}: a share in [0, 1] and a number above 0")
         self.kind, self.temperature, self.alpha = kind, temperature, alpha
         self.terms = nn.ModuleList(terms)
-        # in a tuple, so that nn.Module does not see it; a copy, so that training its original, or the student
-        # itself as its own teacher, cannot put it into training mode or change it
+        # in a tuple, so that nn.Module does not see it; a copy, so that training its original (or a student that is its
+        # own teacher) cannot put it into training mode or change it
         self._held = (_frozen(teacher, bool(self.terms)),)
 
     @property
     def teacher(self):
         return self._held[0]
+
+    def describe(self):
+        """All that tells this objective from another, as plain data to make keys of."""
+        return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha,
+                "teacher": fingerprint(self.teacher), "terms": [term.describe() for term in self.terms]}  # fmt: skip
 
     def _apply(self, fn, recurse=True):
         self.teacher._apply(fn)
@@ -97,31 +105,50 @@ def standardised(logits):
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
-class Features(nn.Module):
-    """Term: tokens of student blocks against those of teacher blocks, both ViTs with the same patch grid.
+class Term(nn.Module):
+    """What compares a student's inside with a teacher's: the mean over `pairs` of (student's layer, teacher's layer).
 
-    Mean squared error between the teacher's patch tokens and a linear projection of the student's, both
-    standardised per token (FitNets, Romero et al. 2015). pairs: ((student block, teacher block), ...), from
-    0, negative from the end; dims: embedding channels (student, teacher); grid: patches along a side.
+    weight: of the term in the loss. dims: (student's, teacher's channels) of each pair, where a linear projection of
+    the student's `grid` x `grid` patch tokens is compared; it starts the same whatever was drawn before.
+    """
+
+    def __init__(self, pairs=((-1, -1),), weight=1.0, grid=0, dims=()):
+        super().__init__()
+        self.pairs, self.weight, self.grid = tuple(tuple(pair) for pair in pairs), weight, grid
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.projectors = nn.ModuleList(nn.Linear(*pair) for pair in dims)
+
+    def describe(self):
+        return {"term": self.name, "pairs": self.pairs, "weight": self.weight, "grid": self.grid}
+
+    def forward(self, seen, known, images):
+        """The term (0-d) from the student's and the teacher's intermediates of images B C H W."""
+        return sum(self.distance(seen, known, k, *pair) for k, pair in enumerate(self.pairs)) / len(self.pairs)
+
+    def distance(self, seen, known, k, i, j):
+        """Mean squared error of the k-th pair's features B N C, both standardised over their channels."""
+        goal, own = self.goal(known, j), self.projectors[k](_patches(seen, i, self.grid, "student"))
+        return F.mse_loss(*(F.layer_norm(x.float(), x.shape[-1:]) for x in (own, goal)))
+
+
+class Features(Term):
+    """Term: patch tokens of student blocks, projected, against those of teacher blocks (FitNets, Romero et al. 2015).
+
+    Both are ViTs with the same patch grid. dims: embedding channels (student, teacher); grid: patches along a side;
+    pairs: ((student block, teacher block), ...), from 0, negative from the end.
     """
 
     name = "features"
 
     def __init__(self, dims, grid, pairs=((-1, -1),), weight=1.0):
-        super().__init__()
-        self.grid, self.pairs, self.weight = grid, tuple(pairs), weight
-        self.projectors = nn.ModuleList(nn.Linear(*dims) for _ in pairs)
+        super().__init__(pairs, weight, grid, [dims] * len(pairs))
 
-    def forward(self, seen, known, images):
-        total = 0
-        for projector, (i, j) in zip(self.projectors, self.pairs):
-            own, goal = _patches(seen, i, self.grid, "student"), _patches(known, j, self.grid, "teacher")
-            own, goal = projector(own).float(), goal.float()
-            total = total + F.mse_loss(F.layer_norm(own, own.shape[-1:]), F.layer_norm(goal, goal.shape[-1:]))
-        return total / len(self.pairs)
+    def goal(self, known, j):
+        return _patches(known, j, self.grid, "teacher")
 
 
-class AttentionMaps(nn.Module):
+class AttentionMaps(Term):
     """Term: KL divergence of attention rows, teacher || student, heads averaged (after MiniLM, 2020).
 
     Both models need the same tokens. pairs as in `Features`.
@@ -129,59 +156,37 @@ class AttentionMaps(nn.Module):
 
     name = "attention"
 
-    def __init__(self, pairs=((-1, -1),), weight=1.0):
-        super().__init__()
-        self.pairs, self.weight = tuple(pairs), weight
-
-    def forward(self, seen, known, images):
-        total = 0
-        for i, j in self.pairs:
-            own, goal = seen["attention"][i], known["attention"][j]
-            if own is None or goal is None or own.shape[-1] != goal.shape[-1]:
-                raise ValueError(f"attention maps of student block {i} and teacher block {j} cannot be compared")
-            own, goal = own.float().mean(1).clamp_min(1e-9), goal.float().mean(1).clamp_min(1e-9)
-            total = total + (goal * (goal.log() - own.log())).sum(-1).mean()
-        return total / len(self.pairs)
+    def distance(self, seen, known, k, i, j):
+        own, goal = seen["attention"][i], known["attention"][j]  # B heads N N
+        if own is None or goal is None or own.shape[-1] != goal.shape[-1]:
+            raise ValueError(f"attention maps of student block {i} and teacher block {j} cannot be compared")
+        return kl_divergence(*(a.float().mean(1).clamp_min(1e-9).log().flatten(0, 1) for a in (own, goal)))
 
 
-class Locality(nn.Module):
+class Locality(Term):
     """Term: features of a small CNN guide the ViT's patch tokens (Li et al. 2022, "Locality guidance").
 
-    The student's patch tokens of a block, as a grid, pass a 1x1 convolution; the CNN's feature map, resized
-    to the grid, is the goal: mean squared error, both standardised over channels.
-    dim: the student's channels; grid: its patches along a side; channels: of the CNN's features used.
-    pairs: ((student block, CNN stage), ...), as many as channels; by default the last stages, with blocks
-    spread over `depth`.
+    The student's patch tokens of a block are projected; the CNN's feature map, resized to their grid, is the goal.
+    dim: the student's channels; grid: its patches along a side; channels: of the CNN's features used. pairs: ((student
+    block, CNN stage), ...), as many as channels; by default the last stages, with blocks spread over `depth`.
     """
 
     name = "locality"
 
     def __init__(self, dim, grid, channels, pairs=None, depth=6, weight=1.0):
-        super().__init__()
         count = len(channels)
-        spread = [round((k + 1) * depth / count) - 1 for k in range(count)]
-        self.pairs = tuple(pairs or zip(spread, range(-count, 0)))
-        if len(self.pairs) != count:
-            raise ValueError(f"{len(self.pairs)} pairs for the channels of {count} CNN stages")
-        self.grid, self.weight = grid, weight
-        self.projectors = nn.ModuleList(nn.Linear(dim, c) for c in channels)
+        pairs = pairs or [(round((k + 1) * depth / count) - 1, k - count) for k in range(count)]
+        if len(pairs) != count:
+            raise ValueError(f"{len(pairs)} pairs for the channels of {count} CNN stages")
+        super().__init__(pairs, weight, grid, [(dim, c) for c in channels])
 
-    def forward(self, seen, known, images):
+    def goal(self, known, j):
         if "features" not in known:
             raise ValueError("Locality needs a CNN teacher that gives 'features' (vitlab.models.resnet.ResNet)")
-        total = 0
-        for projector, (i, stage) in zip(self.projectors, self.pairs):
-            own = projector(_patches(seen, i, self.grid, "student")).float()  # B N C
-            goal = known["features"][stage].float()
-            goal = _regrid(goal, self.grid).flatten(2).transpose(1, 2)  # B C g g -> B N C
-            total = total + F.mse_loss(F.layer_norm(own, own.shape[-1:]), F.layer_norm(goal, goal.shape[-1:]))
-        return total / len(self.pairs)
-
-
-def _regrid(features, grid):
-    if features.shape[-1] >= grid:
-        return F.adaptive_avg_pool2d(features, grid)
-    return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
+        image, size = known["features"][j].float(), (self.grid, self.grid)
+        smaller = image.shape[-1] < self.grid
+        image = F.interpolate(image, size, mode="bilinear") if smaller else F.adaptive_avg_pool2d(image, size)
+        return image.flatten(2).transpose(1, 2)  # B C g g -> B N C
 
 
 def _patches(seen, block, grid, who):
@@ -199,10 +204,7 @@ def _frozen(teacher, intermediates):
 
     Where terms look inside it, a ViT of timm's becomes its `SlimViT`, which shows its intermediates.
     """
-    teacher = getattr(teacher, "_orig_mod", teacher)
+    teacher = eager(teacher)
     if intermediates and "intermediates" not in inspect.signature(teacher.forward).parameters:
         teacher = as_slim(teacher)
     return copy.deepcopy(teacher).eval().requires_grad_(False)
-
-
-__all__ = ["AttentionMaps", "Distill", "Features", "Locality", "standardised"]

@@ -8,11 +8,13 @@ A file holds tensors and JSON (safetensors), never code, so that loading one tha
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -131,6 +133,15 @@ def load(path, device="cpu"):
     return _named(path, build)
 
 
+def fingerprint(model):
+    """A short hexadecimal digest of what a model is: its class, its config if it has one, its weights and buffers."""
+    found = hashlib.sha256(f"{type(model).__qualname__} {plain(getattr(model, 'config', None))}".encode())
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def _named(path, action):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there")
@@ -151,4 +162,7 @@ def _read(path):
     return Stored(from_dict(json.loads(meta["config"])), json.loads(meta["about"]), tensors)
 
 
-__all__ = ["Stored", "Wrapper", "as_dataclass", "from_dict", "identity", "load", "read", "register", "save", "to_dict"]
+__all__ = [
+    "Stored", "Wrapper", "as_dataclass", "fingerprint", "from_dict", "identity", "load", "read", "register", "save",
+    "to_dict",
+]  # fmt: skip

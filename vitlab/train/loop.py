@@ -19,7 +19,7 @@ from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
 from vitlab.train.recipe import Recipe
-from vitlab.train.resume import TrainingState
+from vitlab.train.resume import TrainingState, carry_state
 from vitlab.utils import rng
 from vitlab.utils.device import autocast
 
@@ -79,15 +79,18 @@ def hits(output, batch):
 
 
 def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint=None, save_every=30.0,
-        validate=True, log=print, tensorboard=None, name=""):  # fmt: skip
+        save_within=300.0, validate=True, log=print, tensorboard=None, name=""):  # fmt: skip
     """Train `model` in place on `data` (on the model's device) and return its `History`.
 
     objective(model, batch) -> (loss, {name: 0-d tensor}); if it is a Module with parameters that want a
     gradient, they are trained too. on_epoch: hooks called as hook(epoch, model, history) before each epoch; a
-    hook with state_dict()/load_state_dict() (plain data) is saved with the run.
+    hook with state_dict()/load_state_dict() (plain data) is saved with the run. A hook that takes parts of the
+    model away returns carry(name, tensor) -> what is left of a tensor shaped like that parameter, by which the
+    optimiser's state and the averaged weights follow; its restore(model), called after load_state_dict, takes the
+    same parts away again and returns the same.
     checkpoint: path of the resumable state (safetensors), written at the end of an epoch when the last one
-    is `save_every` seconds old; a run found there goes on. At the end the model holds the averaged
-    weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
+    is `save_every` seconds old, and within an epoch every `save_within` seconds; a run found there goes on. At the
+    end the model holds the averaged weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
 
     Raises NotFinite (epoch, step, what to try; the checkpoint stays the last good one), BudgetSpent when the
     environment's VITLAB_DEADLINE (unix seconds) is near, ValueError for a checkpoint of another run.
@@ -99,19 +102,20 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     run = _Run(model, data, recipe, objective, device)
     history = History()
     rng.seed_all(recipe.seed)
-    state = TrainingState(checkpoint, recipe, model, run.optimizer, run.ema, objective, on_epoch)
+    state = TrainingState(checkpoint, recipe, run, on_epoch)
     history.rows = state.load()
     history.resumed = len(history)
     writer = _writer(tensorboard, history.resumed, log)
     last_save = time.monotonic()
     for epoch in range(len(history), recipe.epochs):
-        _check_deadline(history, state, log)
-        for hook in on_epoch:
-            hook(epoch, model, history)
+        if not run.begun:
+            _check_deadline(history, state, log)
+            for hook in on_epoch:
+                run.reshaped(hook(epoch, model, history))
+        row = run.epoch(epoch, name, lambda: state.save(history.rows), save_within)
         start = time.perf_counter()
-        row = run.epoch(epoch, name)
         row |= _validation(run.ema_or_model, data, run.dtype) if validate and len(data.val) else {}
-        row["seconds"] = time.perf_counter() - start
+        row["seconds"] += time.perf_counter() - start
         history.rows.append(row)
         if log:
             log(_line(name, row, recipe.epochs, history))
@@ -138,32 +142,59 @@ class _Run:
         self.size = input_size(model, data.image_size)
         self.augment = Augment(recipe.augment, mean=data.mean)
         self.steps = len(data.train) // recipe.batch
-        self.optimizer = recipe.build_optimizer(model, objective, device)
+        self.begun = {}  # of an epoch that was stopped: its losses, logs, seconds and the state of its draws
+        self.build()
+
+    def build(self):
+        """What is made from the model as it is: the optimiser, the averaged weights, the compiled forward."""
+        self.optimizer = self.recipe.build_optimizer(self.model, self.objective, self.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = _ema(model, recipe.ema)
-        compiled = recipe.compiles(device)
-        self.forward = torch.compile(model, dynamic=False) if compiled else model
+        self.named = dict(self.model.named_parameters())
+        self.ema = _ema(self.model, self.recipe.ema)
+        compiled = self.recipe.compiles(self.device)
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+
+    def reshaped(self, carry):
+        """Go on with a model of which a hook took parts away; None: it took none (see `fit`)."""
+        if carry is None:
+            return
+        named, optimizer, ema = self.named, self.optimizer, self.ema
+        self.build()
+        carry_state(optimizer, named, self.optimizer, self.named, carry)
+        if ema is not None:
+            before, module = ema.module.state_dict(), self.ema.module
+            module.load_state_dict({k: carry(k, before[k]) for k in module.state_dict()})
 
     @property
     def ema_or_model(self):
         return self.model if self.ema is None else self.ema.module
 
-    def epoch(self, epoch, name):
-        """One pass over the training images; the device is asked for numbers once, at the end."""
+    def epoch(self, epoch, name, save, save_within):
+        """One pass over the training images, or what is left of one; the device is asked for numbers at the end."""
         self.model.train()
         draw = rng.generator(self.recipe.seed, "augment", epoch, device=self.device)
         order = rng.generator(self.recipe.seed, "shuffle", epoch, device=self.device)
         stream = batches(self.data.train, self.recipe.batch, generator=order, drop_last=True)
         bar = _bar(self.steps, f"{name} epoch {epoch + 1}/{self.recipe.epochs}".strip())
-        start, losses, logs = time.perf_counter(), [], {}
+        begun, self.begun = self.begun, {}
+        if begun:
+            draw.set_state(begun.pop("draw").cpu())
+        start, saved = time.perf_counter() - begun.pop("seconds", torch.zeros(())).item(), time.monotonic()
+        logs = {key: list(values.to(self.device)) for key, values in begun.items()}
+        done = len(logs.get("loss", ()))
         for step, (images, labels) in enumerate(stream):
-            loss, found = self.step(epoch, step, images, labels, draw)
-            losses.append(loss)
-            for key, value in found.items():
-                logs.setdefault(key, []).append(value.detach())
+            if step >= done:
+                loss, found = self.step(epoch, step, images, labels, draw)
+                for key, value in {**found, "loss": loss}.items():
+                    logs.setdefault(key, []).append(value.detach())
+                if time.monotonic() - saved > save_within and step + 1 < self.steps and loss.isfinite():
+                    self.begun = {key: torch.stack(values) for key, values in logs.items()}
+                    self.begun |= {"seconds": torch.tensor(time.perf_counter() - start), "draw": draw.get_state()}
+                    save()
+                    self.begun, saved = {}, time.monotonic()
             bar.update()
         bar.close()
-        losses = torch.stack(losses).cpu()
+        losses = torch.stack(logs.pop("loss")).cpu()
         seconds = time.perf_counter() - start
         if not losses.isfinite().all():
             self.stop(epoch, int((~losses.isfinite()).nonzero()[0]), losses)
@@ -171,7 +202,7 @@ class _Run:
         return {
             "epoch": epoch + 1, "loss": losses.mean().item(), **means,
             "lr": self.recipe.lr_at(epoch + 1 - 1 / self.steps, self.steps),
-            "images_per_s": len(losses) * self.recipe.batch / seconds,
+            "images_per_s": len(losses) * self.recipe.batch / seconds, "seconds": seconds,
         }  # fmt: skip
 
     def step(self, epoch, step, images, labels, draw):

@@ -21,23 +21,24 @@ class TrainingState:
     saved run, else ValueError: another run's state is never taken up by mistake.
     """
 
-    def __init__(self, path, recipe, model, optimizer, ema, objective, hooks):
+    def __init__(self, path, recipe, run, hooks):
         self.path = Path(path) if path else None
-        self.model, self.optimizer, self.ema, self.hooks = model, optimizer, ema, hooks
-        self.objective = objective if isinstance(objective, nn.Module) else None
-        shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
+        self.run, self.model, self.hooks = run, run.model, hooks
+        self.objective = run.objective if isinstance(run.objective, nn.Module) else None
+        shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         # how a run is executed may change between its parts; what is computed may not
         steps = {k: v for k, v in plain(recipe).items() if k not in ("compile", "dtype")}
         self.identity = digest({"recipe": steps, "shapes": shapes})
 
     def tensors(self):
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self.ema is not None:
-            found |= {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
+        if self.run.ema is not None:
+            found |= {f"ema.{k}": v for k, v in self.run.ema.module.state_dict().items()}
         if self.objective is not None:
             found |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
+        for index, slots in self.run.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if torch.is_tensor(v)}
+        found |= {f"begun.{k}": v for k, v in self.run.begun.items()}
         return found | {f"rng.{k}": v for k, v in rng.state().items()}
 
     def save(self, history):
@@ -68,15 +69,18 @@ class TrainingState:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             groups.setdefault(kind, {})[rest] = tensor
-        self.model.load_state_dict(groups["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(groups["ema"])
-        if self.objective is not None:
-            self.objective.load_state_dict(groups.get("objective", {}))
-        self._load_optimizer(groups.get("optimizer", {}))
         for hook, stored in zip(self.hooks, json.loads(meta["hooks"])):
             if stored is not None:
                 hook.load_state_dict(stored)
+            if hasattr(hook, "restore"):
+                self.run.reshaped(hook.restore(self.model))
+        self.model.load_state_dict(groups["model"])
+        if self.run.ema is not None:
+            self.run.ema.module.load_state_dict(groups["ema"])
+        if self.objective is not None:
+            self.objective.load_state_dict(groups.get("objective", {}))
+        self._load_optimizer(groups.get("optimizer", {}))
+        self.run.begun = groups.get("begun", {})
         rng.restore(groups["rng"])
         return json.loads(meta["history"])
 
@@ -85,5 +89,23 @@ class TrainingState:
         for name, tensor in tensors.items():
             index, _, slot = name.partition(".")
             state.setdefault(int(index), {})[slot] = tensor
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        whole = self.run.optimizer.state_dict()
+        self.run.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def carry_state(old, before, new, after, carry):
+    """Give the optimiser `new` the state of `old`, cut as `carry(name, tensor)` says where a parameter was cut.
+
+    before, after: {name: parameter} of the model then and now; parameters of neither keep their state.
+    """
+    names = {id(parameter): name for name, parameter in after.items()}
+    for parameter in (p for group in new.param_groups for p in group["params"]):
+        name = names.get(id(parameter))
+        was = before[name] if name else parameter
+        state = dict(old.state.get(was, {}))
+        for slot, value in state.items():
+            if name and torch.is_tensor(value) and value.shape == was.shape:
+                # fused optimisers read the state in the parameter's own order in memory
+                state[slot] = carry(name, value).clone(memory_format=torch.contiguous_format)
+        if state:
+            new.state[parameter] = state
