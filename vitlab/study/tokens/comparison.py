@@ -10,6 +10,7 @@ import functools
 from statistics import fmean, pstdev
 
 import pandas as pd
+import torch
 
 from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.tokens import search
@@ -17,6 +18,7 @@ from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SCORES
 from vitlab.metrics.statistics import holm, paired_difference, seed_difference
+from vitlab.study.tokens.evaluation import speed
 from vitlab.utils.device import example
 
 CONTROLS = ("random", "grid")
@@ -77,6 +79,14 @@ def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2
     return found
 
 
+def fields(evaluators, calibrations, share, **options):
+    """{name: [a TokenConfig a seed]}: the `methods` that every seed's model has, and the pooled-last block alone."""
+    found = [methods(e, share, calibration=c, seeds=(0,), **options) for e, c in zip(evaluators, calibrations)]
+    common = [name for name in found[0] if all(name in f for f in found)]
+    alone = {POOLED: [TokenConfig(r_max=0.0, pooled_last=True)] * len(found)}
+    return alone | {name: [f[name][1][0] for f in found] for name in common}
+
+
 def calibrated(evaluator, calibration, passes=100, **options):
     """The TokenConfig with counts calibrated on train images to a budget (see `search.calibrate`)."""
     step = max(1, reduce_tokens(evaluator.plain).adapter.patches // 16)
@@ -122,21 +132,30 @@ def paired(evaluators, configs, against="plain"):
 
     evaluators: one a seed; configs: {name: a TokenConfig a seed}; against: "plain" or a name, what is compared with.
     Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval: of the images for one seed,
-    over the seeds for several), p (adjusted for the number of methods, Holm), macs.
+    over the seeds for several), p (adjusted for the number of methods, Holm), macs, text (change and interval).
     """
     right, rows = {"plain": [e.correct for e in evaluators]}, {}
     models = {name: [reduce_tokens(e.plain, c) for e, c in zip(evaluators, each)] for name, each in configs.items()}
     for name, each in models.items():
         right[name] = [e.right(e.run(model)) for e, model in zip(evaluators, each)]
-    accuracy = {name: [100 * r.double().mean().item() for r in each] for name, each in right.items()}
-    for name in configs.keys() - {against}:
-        several = len(evaluators) > 1
-        found = (seed_difference(accuracy[name], accuracy[against]) if several
-                 else paired_difference(right[name][0], right[against][0]))  # fmt: skip
-        rows[name] = {"accuracy": fmean(accuracy[name]), "change": found.points, "low": found.low, "high": found.high,
-                      "p": found.p, "macs": fmean(model.macs() for model in models[name])}  # fmt: skip
-    table = pd.DataFrame.from_dict({name: rows[name] for name in configs if name in rows}, orient="index")
-    return table.assign(p=holm(table.p.tolist())).rename_axis("method")
+    for name, each in models.items():
+        if name != against:
+            found = difference(right[name], right[against])
+            rows[name] = {"accuracy": 100 * torch.stack(right[name]).double().mean().item(), "change": found.points,
+                          "low": found.low, "high": found.high, "p": found.p, "macs": fmean(m.macs() for m in each),
+                          "text": str(found)}  # fmt: skip
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    return table.assign(p=holm(table.p.tolist()))
+
+
+def difference(right_a, right_b):
+    """Accuracy of a minus that of b, as a `statistics.Difference`: paired by images for one seed, by seeds for several.
+
+    right_a, right_b: which images were judged rightly, a bool tensor a seed.
+    """
+    if len(right_a) == 1:
+        return paired_difference(right_a[0], right_b[0])
+    return seed_difference(*([100 * r.double().mean().item() for r in each] for each in (right_a, right_b)))
 
 
 def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1, merge=SIZE_PRICED):
@@ -154,10 +173,9 @@ def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=10
             row = {"batch": batch, "goal": goal, "tokens": None} | nothing
             with contextlib.suppress(BudgetImpossible):  # nothing is that fast here
                 config = calibrated(evaluator, calibration, passes, latency=goal * plain, meter=meter, **merge)
-                model = reduce_tokens(evaluator.plain, config)
-                times = evaluator.times({"plain": evaluator.plain, "reduced": model}, batch, seconds)
-                row |= {"tokens": model.tokens, "speed_up": times["plain"] / times["reduced"]}
-                row |= evaluator.evaluate(model)
+                timed = speed(evaluator, {"": config}, [batch], seconds=seconds)
+                row |= {"tokens": config.counts, "speed_up": timed.measured.item()}
+                row |= evaluator.evaluate(reduce_tokens(evaluator.plain, config))
             rows.append(row)
     return pd.DataFrame(rows)
 

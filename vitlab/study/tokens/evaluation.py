@@ -19,10 +19,26 @@ from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.utils.device import device_of, example, running
 
 
-def reduced(arm, name, **options):
-    """The Arm `name` that runs the model of `arm` by `options` of `reduce_tokens`; without any, the plain one."""
-    model = reduce_tokens(arm.model, **options)
-    return dataclasses.replace(arm, name=name, model=(model if options else model.plain).eval())
+def reduced(arm, name, config=None, **options):
+    """The Arm `name` that runs the model of `arm` as `reduce_tokens` says; without any options, the plain one."""
+    model = reduce_tokens(arm.model, config, **options)
+    return dataclasses.replace(arm, name=name, model=(model if config or options else model.plain).eval())
+
+
+def evaluators(arms, data, n=None, **options):
+    """An `Evaluator` of each arm, in the precision that its recipe asks for."""
+    return [Evaluator(arm.model, data, n, dtype=arm.spec.recipe.torch_dtype(device_of(arm.model)), **options)
+            for arm in arms]  # fmt: skip
+
+
+def enlarged(model, side):
+    """A copy of `model`, with its weights, for images of `side` pixels; ValueError if it has learned positions."""
+    config = dataclasses.replace(model.config, image_size=side)
+    if config.pos != "none":
+        raise ValueError(f"pos={config.pos!r}: learned positions are those of a grid of side {model.config.grid}")
+    larger = config.build()
+    larger.load_state_dict(model.state_dict())
+    return larger.eval().to(device_of(model))
 
 
 class Evaluator:
@@ -74,14 +90,15 @@ def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
     """
     rows = []
     for name, options in methods.items():
-        grid = {(a, r): [reduce_tokens(e.plain, r_max=r, alpha=a, **options) for e in evaluators]
-                for a in alphas for r in r_maxes}  # fmt: skip
-        times = evaluators[0].times({k: v[0] for k, v in grid.items()}, batch, seconds) if batch else {}
-        for (alpha, r_max), models in grid.items():
-            found = pd.DataFrame([e.evaluate(m) for e, m in zip(evaluators, models)])
-            row = {"method": name, "alpha": alpha, "r_max": r_max, "tokens": models[0].tokens} | found.mean().to_dict()
-            rows.append(row | {"std": found.accuracy.std() if len(found) > 1 else None,
-                               "latency_ms": times.get((alpha, r_max))})  # fmt: skip
+        grid = [TokenConfig(r_max=r, alpha=a, **options) for a in alphas for r in r_maxes]
+        models = {c: [reduce_tokens(e.plain, c) for e in evaluators] for c in grid}
+        times = evaluators[0].times({c: m[0] for c, m in models.items()}, batch, seconds) if batch else {}
+        for config, each in models.items():
+            found = pd.DataFrame([e.evaluate(m) for e, m in zip(evaluators, each)])
+            about = {"method": name, "alpha": config.alpha, "r_max": config.r_max, "tokens": each[0].tokens}
+            rows.append(about | found.mean().to_dict() | {
+                "std": found.accuracy.std() if len(found) > 1 else None, "latency_ms": times.get(config),
+                "config": config})  # fmt: skip
     return pd.DataFrame(rows)
 
 
