@@ -36,7 +36,7 @@ def data(study):
 
 @pytest.fixture(scope="module")
 def base(study, data):
-    return pruned.gated(study, zoo.scaled("S2/baseline", TINY), data, 0, l1=1e-2, build=ViT)
+    return pruned.gated(study, zoo.scaled("S2/baseline", TINY), data, 0, l1=1e-2)
 
 
 def gate_masks(base, share=0.7, multiple=4):
@@ -73,7 +73,7 @@ def test_a_cut_arm_is_exact_and_trained_on_from_there(study, data, base):
     assert again.key == on.key
     other = pruned.cut(base, gate_masks(base, 0.85), "cut", "cut")
     taught = pruned.tuned(study, small, data, {"epochs": 1, "lr": 1e-3}, "kd", "kd",
-                          objective=Distill(base.model), how=["kd", base.key])  # fmt: skip
+                          objective=Distill(base.model))  # fmt: skip
     assert len({small.key, other.key, on.key, taught.key}) == 4
     row = study.row(on, data, seconds=0.01, batch=8)
     assert row["macs"] == small.model.config.macs() and row["changes"].endswith("less")

@@ -1,25 +1,20 @@
-"""Fit-or-load, rows, figures, claims and the README's computed parts."""
+"""Fit-or-load, rows, conclusions and claims of a notebook."""
 
 import copy
 import dataclasses
 import json
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
-from vitlab.models import attention_maps as explain
 from vitlab.models import checkpoint
-from vitlab.models.vit import ViT, ViTConfig
-from vitlab.run import readme
-from vitlab.run.notebooks import project
-from vitlab.study import plots, zoo
-from vitlab.study.claims import get
+from vitlab.study import zoo
+from vitlab.study.claims import get, select
 from vitlab.study.study import DEMO, Study, arm_key, read_rows
-from vitlab.train.loop import BudgetSpent, cross_entropy
+from vitlab.train.loop import BudgetSpent
+from vitlab.train.recipe import Recipe
 from vitlab.utils.files import read_json
 
 matplotlib.use("Agg")
@@ -52,26 +47,6 @@ def test_an_arm_is_trained_once_and_then_loaded_the_same(study, spec, tmp_path):
     assert not list((tmp_path / ".state").rglob("*.safetensors"))  # the training state is not kept
 
 
-def test_the_key_tells_apart_whatever_changes_the_result_and_nothing_else(study, spec):
-    data = study.data("tiny")
-    key = study.arm(spec, data).key
-    slower = dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, dtype="float32"))
-    assert study.arm(slower, data).key == key
-    others = [
-        study.arm(spec, data, seed=1).key,
-        study.arm(dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, lr=5e-4)), data).key,
-        study.arm(dataclasses.replace(spec, config=dataclasses.replace(spec.config, depth=1)), data).key,
-        study.arm(spec, dataclasses.replace(data, key="another")).key,
-        study.arm(spec, data, objective=lambda m, b: cross_entropy(m, b), variant="mine").key,
-    ]
-    assert len({key, *others}) == 6
-
-
-def test_an_objective_of_ones_own_must_be_named_in_the_key(study, spec):
-    with pytest.raises(ValueError, match="needs a `variant`"):
-        study.arm(spec, study.data("tiny"), objective=lambda m, b: cross_entropy(m, b))
-
-
 def test_fresh_trains_again_once(study, spec, monkeypatch):
     data = study.data("tiny")
     study.arm(spec, data)
@@ -88,8 +63,7 @@ def test_an_arm_that_comes_with_the_project_is_not_trained(study, spec, tmp_path
     first = study.arm(spec, data)
     kept = tmp_path / "demo"
     kept.mkdir()
-    described = read_json(study.root / "checkpoints" / "tiny" / f"{first.key}.json")
-    about = described | {"key": first.key}
+    about = checkpoint.read(study.root / "checkpoints" / "tiny" / f"{first.key}.safetensors").about
     checkpoint.save(copy.deepcopy(first.model).half(), kept / "small.safetensors", about)
     monkeypatch.setattr("vitlab.study.study.DEMO", kept)
     other = Study("01_baseline", "cpu", device="cpu", root=tmp_path / "new", log=study.lines.append)
@@ -102,34 +76,20 @@ def test_an_arm_that_comes_with_the_project_is_not_trained(study, spec, tmp_path
     assert "epoch 1/1" in study.lines[-1], "--fresh trains it here"
 
 
-def test_a_demo_with_a_key_is_the_arm_that_its_key_says():
-    stored = checkpoint.read(DEMO / "ours-cifar10.safetensors")
-    about, recipe = stored.about, stored.about["recipe"] | {"seed": stored.about["seed"]}
-    assert arm_key(stored.config, recipe, about["data"], about["variant"]) == about["key"]
-    assert about["history"][-1]["epoch"] == recipe["epochs"]
-
-
-def test_weights_without_their_description_are_not_an_arm(study, spec):
-    data = study.data("tiny")
-    arm = study.arm(spec, data)
-    (study.root / "checkpoints" / "tiny" / f"{arm.key}.json").unlink()
-    study.arm(spec, data)
-    assert "training" in study.lines[-2]
-
-
 def test_a_run_out_of_time_goes_on_from_its_state(study, spec, monkeypatch):
     data = study.data("tiny")
     longer = dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, epochs=2))
     whole = study.arm(longer, data, seed=1).model.head.bias
 
     def spend(epoch, *_):
-        if epoch == 0:
+        if epoch == 0 and not study.lines[-1].startswith("time budget"):
             monkeypatch.setenv("VITLAB_DEADLINE", "1")
 
+    spend.describe = lambda: "stops once"
     with pytest.raises(BudgetSpent):
-        study.arm(longer, data, seed=2, on_epoch=[spend], variant="x")
+        study.arm(longer, data, seed=2, on_epoch=[spend])
     monkeypatch.delenv("VITLAB_DEADLINE")
-    arm = study.arm(longer, data, seed=2, on_epoch=[lambda *_: None], variant="x")
+    arm = study.arm(longer, data, seed=2, on_epoch=[spend])
     assert arm.history.resumed == 1 and len(arm.history) == 2 and not torch.equal(arm.model.head.bias, whole)
 
 
@@ -151,6 +111,55 @@ def test_rows_are_written_with_provenance_and_read_back(study, spec):
     assert row["accuracy_top1"] == pytest.approx(by_hand.item())
 
 
+def test_an_arm_is_one_file_that_every_command_can_read(study, spec):
+    arm = study.arm(spec, study.data("tiny"))
+    (path,) = (study.root / "checkpoints" / "tiny").iterdir()
+    about = checkpoint.read(path).about
+    assert (about["key"], about["name"], about["seed"], about["dataset"]) == (arm.key, spec.name, 0, "tiny")
+    assert about["history"] == arm.history.rows and about["recipe"]["epochs"] == 1
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(checkpoint.load(path)(images), arm.model(images))
+
+
+def test_an_arm_goes_on_from_another_and_leaves_it_as_it_was(study, spec):
+    data = study.data("tiny")
+    first = study.arm(spec, data)
+    before = first.model.head.weight.clone()
+    tuned = study.arm(dataclasses.replace(spec, name="tuned"), data, start=first)
+    assert tuned.key != first.key and tuned.name == "tuned" and torch.equal(first.model.head.weight, before)
+    assert not torch.equal(tuned.model.head.weight, before)
+    again = study.arm(spec, data, start=first, name="tuned")
+    assert torch.equal(again.model.head.weight, tuned.model.head.weight)
+
+
+def test_the_demo_is_the_arm_that_its_key_says():
+    stored = checkpoint.read(DEMO / "ours-cifar10.safetensors")
+    about = stored.about
+    assert arm_key(stored.config, Recipe(**about["recipe"] | {"seed": about["seed"]}), about["data"]) == about["key"]
+    assert about["history"][-1]["epoch"] == about["recipe"]["epochs"]
+
+
+def test_a_checkpoint_is_an_arm_even_without_its_history(study, spec, tmp_path):
+    model = spec.config.build()
+    checkpoint.save(model, tmp_path / "mine.safetensors")
+    arm = study.load(tmp_path / "mine.safetensors", spec)
+    assert arm.name == spec.name and len(arm.history) == 0 and torch.equal(arm.model.head.weight, model.head.weight)
+    checkpoint.save(spec.config.build(), tmp_path / "other.safetensors")
+    assert study.load(tmp_path / "other.safetensors", spec).key != arm.key
+
+
+def test_conclusions_are_rows_in_a_stable_order(study, capsys):
+    study.conclude("ours is **better**", about="accuracy")
+    study.conclude("it is faster")
+    study.conclude("ours is *worse*", about="accuracy")
+    stored = read_json(study.folder("results") / "conclusions.json")
+    assert [c["text"] for c in stored["conclusions"]] == ["ours is *worse*", "it is faster"]
+    assert "commit" in stored and len(read_rows(study.root, "tiny")) == 0
+    again = Study("01_baseline", "tiny", device="cpu", root=study.root, log=study.lines.append)
+    again.conclude("new")  # a notebook that is run again starts afresh
+    assert [c["text"] for c in read_json(study.folder("results") / "conclusions.json")["conclusions"]] == ["new"]
+
+
 def test_claims_are_settled_written_and_pending_ones_shown(study):
     study.settle("S0/dense/parameters", [5.526346], as_published=True)
     study.settle("S0/dense/macs", [1253.5], as_published=True)
@@ -162,101 +171,12 @@ def test_claims_are_settled_written_and_pending_ones_shown(study):
     assert "1 confirmed" in study.claims_summary(chosen) and len(read_rows(study.root, "tiny")) == 0
 
 
-def test_changes_are_listed_against_the_published_and_unknown_ones_refused(spec):
-    assert zoo.scaled("S0/dense").changes == ()
-    assert zoo.scaled("S0/dense", {"epochs": 3, "dim": 192, "compile": "on"}).changes == ()
-    assert "dim 24 instead of 192" in spec.why and "tiny instead of cifar10" in spec.why
-    assert spec.config.mlp_dim == 96  # four times the width, as published
-    assert zoo.scaled("S2/baseline", {"dim": 64}).config.mlp_dim == 64
-    with pytest.raises(ValueError, match="has no wings"):
-        zoo.scaled("S0/dense", {"wings": 2})
-    with pytest.raises(ValueError, match="unknown model 'S9'"):
-        zoo.scaled("S9")
-
-
-def test_our_baseline_keeps_to_its_budget():
-    config = zoo.get("ours").config
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in ViT(config).parameters())
-    assert 3e6 <= parameters <= 5e6 and config.macs() <= 0.4e9
-
-
-def test_rollout_of_uniform_and_identical_attention_is_known():
-    uniform = torch.full((1, 2, 4, 4), 0.25)
-    expected = 0.5 * torch.eye(4) + 0.125  # one block: half residual, half 1 / 4
-    torch.testing.assert_close(explain.rollout([uniform])[0], expected)
-    torch.testing.assert_close(explain.rollout([uniform, uniform])[0], expected @ expected)
-    stay = torch.eye(4).expand(1, 3, 4, 4)
-    torch.testing.assert_close(explain.rollout([stay] * 5)[0], torch.eye(4))
-    with pytest.raises(ValueError, match="every block"):
-        explain.rollout([uniform, None])
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_looks_gives_grids_of_the_right_patches(pool):
-    config = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, pool=pool)
-    maps = explain.looks(ViT(config), torch.randn(3, 3, 16, 16))
-    for grid in maps.values():
-        assert grid.shape == (3, 4, 4)
-        assert grid.amin((1, 2)).eq(0).all() and torch.allclose(grid.amax((1, 2)), torch.ones(3))
-    attention = torch.zeros(1, 17, 17) if pool == "cls" else torch.zeros(1, 16, 16)
-    attention[:, 0 if pool == "cls" else slice(None), 6 if pool == "cls" else 5] = 1  # patch 5: row 1, column 1
-    assert explain.to_grid(attention, config)[0].nonzero().tolist() == [[1, 1]]
-
-
-def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
-    plots.theme()
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    frame = pd.DataFrame(np.random.default_rng(0).random((4, 3)), index=list("abcd"), columns=list("xyz"))
-    rows = pd.DataFrame({"arm": ["a", "a", "b"], "macs": [1e6, 1e6, 5e6], "latency_ms": [1.0, 1.1, 2.0],
-                         "accuracy_top1": [50.0, 52.0, 60.0]})  # fmt: skip
-    made = {
-        "pictures": plots.pictures(images, columns=3, rows=["one", "two"]),
-        "patches": plots.patches(images[0], 4),
-        "tradeoff": plots.tradeoff(rows),
-        "bars": plots.bars(frame, unit="u"),
-        "heatmap": plots.heatmap(frame, label="l"),
-        "confusion": plots.confusion([[3, 1], [0, 4]], ["cat", "dog"]),
-        "per_class": plots.per_class({"a": [50.0] * 40, "b": [60.0] * 40}, [str(i) for i in range(40)]),
-        "attention": plots.attention(images[:2], {"last": torch.rand(2, 4, 4)}, ["cat", "dog"]),
-    }
-    for name, figure in made.items():
-        plots.save(figure, tmp_path / "figures" / name)
-        png = np.asarray(Image.open(tmp_path / "figures" / f"{name}.png").convert("L"))
-        assert png.std() > 5, f"{name} is blank"
-        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert len(list((tmp_path / "figures").iterdir())) == 2 * len(made)
-    matplotlib.pyplot.close("all")
-
-
-def test_no_two_of_many_arms_look_the_same():
-    look = plots.colours(str(i) for i in range(25))
-    assert len(set(look.values())) == 25 and look["3"] == plots.colours(map(str, range(5)))["3"]
-
-
-def test_confusion_rows_are_percentages_of_the_truth():
-    figure = plots.confusion([[3, 1], [0, 4]], ["cat", "dog"])
-    texts = [t.get_text() for t in figure.axes[0].texts]
-    assert texts == ["75", "25", "0", "100"]
-    matplotlib.pyplot.close("all")
-
-
-def test_the_table_has_mean_and_deviation_over_seeds_and_says_what_was_not_measured():
-    rows = pd.DataFrame({"arm": ["a", "a", "b"], "accuracy_top1": [70.0, 72.0, 80.0], "power_w": [None] * 3})
-    table = plots.table(rows, ["accuracy_top1", "power_w"])
-    assert table.loc["a", "Accuracy (%)"] == "71.00 ± 1.41"
-    assert table.loc["b", "Accuracy (%)"] == "80.00"
-    assert set(table["Power (W)"]) == {"not measured"} and table.seeds.tolist() == [2, 1]
-
-
-def test_readme_parts_are_filled_between_their_markers_only():
-    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- status -->\n<!-- /status -->\n"
-    filled = readme.fill(text, {"results": "new\n", "status": "ran\n"})
-    assert filled == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n<!-- status -->\nran\n<!-- /status -->\n"
-    with pytest.raises(ValueError, match="0 pairs of <!-- status -->"):
-        readme.fill(text.replace("<!-- status -->", ""), {"status": ""})
-
-
-def test_the_readme_says_what_the_committed_rows_say():
-    assert not readme.stale(project().source), "README.md is stale: run `vitlab readme`"
+def test_rows_settle_all_claims_that_are_selected(study):
+    chosen = select(project="S2", model="baseline")
+    counted = pd.DataFrame([{"arm": "S2/baseline", "seed": 0, "params": 9_751_306, "macs": 620e6, "as_published": True,
+                             "changes": "", "accuracy_top1": 78.3}])  # fmt: skip
+    study.settle_rows(counted, chosen)
+    status = {v.claim.split("/")[2]: v.status for v in study.verdicts.values()}
+    assert len(status) == len(chosen)
+    assert (status["parameters"], status["macs"], status["accuracy"]) == ("confirmed", "confirmed", "within noise")
+    assert status["power"] == status["size"] == "pending"

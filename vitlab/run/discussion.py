@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from vitlab.study import claims
-from vitlab.study.claims import NOISE
+from vitlab.study.noise import word
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json
 
@@ -40,12 +40,6 @@ def means(rows, column="accuracy_top1"):
     """{arm: mean over its seeds}, on the data set of the most arms."""
     data = rows.dataset.mode()[0]
     return rows[rows.dataset == data].groupby("arm", sort=False)[column].mean().to_dict()
-
-
-def word(difference):
-    """A difference of accuracies as said in a sentence; within twice the noise of two single runs it is none."""
-    inside = abs(difference) <= 2 * 2**0.5 * NOISE["accuracy"]
-    return f"{difference:+.2f} points" + (" (within the noise of two runs)" if inside else "")
 
 
 def baselines(rows, special):

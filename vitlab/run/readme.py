@@ -7,12 +7,13 @@ results/ and the stamps of the notebooks in executed/ alone.
 import re
 from pathlib import Path
 
-from vitlab.metrics.measure import COLUMNS, show
+from vitlab.metrics.measure import COLUMNS
 from vitlab.run import costs, notebooks
 from vitlab.run.discussion import discuss
-from vitlab.study import claims
-from vitlab.study.claims import Verdict
+from vitlab.study import claims, verdicts
+from vitlab.study.noise import over_seeds
 from vitlab.study.study import read_rows
+from vitlab.study.verdicts import JUDGED, Verdict
 from vitlab.utils.files import read_json, write_text
 
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
@@ -83,7 +84,7 @@ def _table(rows, notebook, preset):
     headings = ["arm", "data", "epochs", *(_heading(c) for c in columns), "training", "seeds"]
     lines = []
     for (arm, data), group in rows.groupby(["arm", "dataset"], sort=False):
-        cells = [_mean(group[c], c) for c in columns]
+        cells = [over_seeds(group[c], c) for c in columns]
         minutes = f"{group.train_s.mean() / 60:.1f} min" if "train_s" in group else ""
         lines.append([arm, data, f"{group.epochs.iloc[0]:g}", *cells, minutes, len(group)])
     where = " / ".join(dict.fromkeys(rows.device))
@@ -96,26 +97,18 @@ def _heading(column):
     return f"{form.label} ({form.unit})" if form.unit else form.label
 
 
-def _mean(values, column):
-    values = values.dropna()
-    if not len(values):
-        return "not measured"
-    text = show(float(values.mean()), column)
-    return text + (f" ± {show(float(values.std(ddof=1)), column)}" if len(values) > 1 else "")
-
-
 def _claims(root, notebook, preset):
     path = root / "results" / preset / notebook.stem / "claims.json"
     if not path.exists():
         return ""
-    verdicts = [Verdict.from_row(row) for row in read_json(path)["verdicts"]]
-    judged = [v for v in verdicts if v.status in ("confirmed", "refuted", "within noise", "exceeded")]
+    found = [Verdict.from_row(row) for row in read_json(path)["verdicts"]]
+    judged = [v for v in found if v.status in JUDGED]
     known = claims.load()
-    frame = claims.table([c for c in known if c.id in {v.claim for v in judged}], judged)
+    frame = verdicts.table([c for c in known if c.id in {v.claim for v in judged}], judged)
     lines = [[i, row.claimed, row.measured, row.verdict] for i, row in frame.iterrows()]
     table = markdown(["claim", "claimed", "measured", "verdict"], lines)
     fold = f"<details><summary>The claims that were judged</summary>\n\n{table}\n</details>\n"
-    return f"{claims.summary(verdicts)}\n\n{fold}"
+    return f"{verdicts.summary(found)}\n\n{fold}"
 
 
 def _status(root):

@@ -1,80 +1,160 @@
-"""What a measurement says of a published claim, and the tables of it.
+"""What five earlier projects published about cheaper Vision Transformers, as data: claims.csv, read and checked."""
 
-    for claim in select(notebook="04", model="pruned-40", metric="accuracy"):
-        verdict = settle(claim, [78.1, 78.4, 78.0], as_published=True)
-
-The rule. A claim is a band, `value ± slack`: half a unit of its last printed digit, or its tolerance if that
-is wider (a published accuracy was one run; its tolerance stands for that run's seed noise). A measurement is
-an interval, `mean ± margin`: with n >= 2 seeds the two-sided 95 % t interval of the mean, with one run
-1.96 times the default noise of the kind (`NOISE`).
-
-    interval inside the band               confirmed
-    interval and band apart                exceeded on the better side, else refuted
-    they overlap                           within noise: these runs cannot tell
-
-Only like is judged with like: structural claims always (build the published model and count it), everything
-else only if `as_published`, and absolute times, memories and powers never, as their hardware is unknown; the
-quotients of those are. What is not judged is still shown, as "not comparable".
-"""
-
+import csv
+import difflib
+import functools
 import math
-import numbers
-from collections import Counter
-from dataclasses import asdict, dataclass, fields
-from statistics import fmean, stdev
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
-from vitlab.study.published import ALLOWED, Claim, frozen, load, near, projects, quantity
-
-__all__ = ["Claim", "Verdict", "get", "load", "projects", "select", "settle", "summary", "table"]
-
-STATUSES = ("confirmed", "refuted", "within noise", "exceeded", "not comparable", "pending")
-# standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is
-# counted, and a peak of allocated memory, repeats exactly
-NOISE = {"accuracy": 0.5, "speed": 0.02, "power": 0.02, "memory": 0.0, "structural": 0.0}
-# Student's t, 97.5 %, 1 to 10 degrees of freedom
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+ALLOWED = {
+    "kind": ("structural", "accuracy", "speed", "memory", "power", "qualitative"),
+    "better": ("higher", "lower", "equal"),
+    "source": ("published", "verified"),  # the project says so; found by running the project's own code
+    "judged": ("always", "as published", "never"),
+    "notebook": ("01", "02", "03", "04", "05", "06"),
+}
+PROJECTS = {
+    "S0": "Sparse-ViT: sparse training of a Vision Transformer from scratch",
+    "S1": "FaViT: factorised attention with ProbSparse queries",
+    "S2": "Structured pruning of a Vision Transformer, and knowledge distillation",
+    "S3": "Token pruning by attention scores with an alpha schedule",
+    "S4": "Linear-ViT: linear attention, Ripple and Hydra",
+}
+SI = {"%": 0.01, "M": 1e6, "MMac": 1e6, "GMac": 1e9, "MB": 1e6, "ms": 1e-3, "min": 60.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the measured `values` (one a seed) say of the claim with id `claim`; plain data."""
+class Claim:
+    """One published (or verified) figure or statement, with the conditions it was published under."""
 
-    claim: str
-    status: str
-    values: tuple = ()
-    mean: float | None = None
-    std: float | None = None  # of the sample (n - 1)
-    margin: float | None = None  # half the interval around the mean
-    as_published: bool = False
-    reason: str = ""
+    project: str
+    model: str
+    metric: str
+    value: float | tuple | str | bool
+    unit: str = ""
+    text: str = ""  # the claim as a reader sees it
+    kind: str
+    better: str
+    judged: str
+    tolerance: float = 0.0  # relative to `scale`; of an accuracy: the seed noise of the one run that was published
+    against: str = ""  # the project's model that a relative figure is relative to
+    derived_from: tuple[str, ...] = ()  # two claims, of which this is the quotient or the change in %
+    notebook: str
+    source: str = "published"
+    table: str = ""
+    name: str = ""  # the model's name in the project's words
+    condition: str = ""  # what the figure depends on: "name=value; ..."
+    note: str = ""
+    digits: int = 0  # printed after the decimal point
+    rounding: float = 0.0  # half a unit of the last of them
+    scale: float = 0.0  # |value|; of a percentage saved or changed: the quotient behind it, in per cent
 
     def __post_init__(self):
-        if self.status not in STATUSES:
-            raise ValueError(f"verdict on {self.claim}: status {self.status!r}, allowed: {STATUSES}")
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"claim {self.id}: {name} is {getattr(self, name)!r}, allowed: {allowed}")
+        if not re.fullmatch(r"S\d/[\w.-]+/[\w.-]+", self.id):
+            raise ValueError(f"claim {self.id!r}: an id is project/model/metric, of letters, digits, '.' and '-'")
+        if self.tolerance < 0 or (self.numeric and not math.isfinite(self.value)):
+            raise ValueError(f"claim {self.id}: value and tolerance must be finite, tolerance >= 0")
 
-    def to_row(self):
-        """The verdict as a dictionary that JSON can hold."""
-        return {k: _listed(v) for k, v in asdict(self).items()}
+    @property
+    def id(self):
+        return f"{self.project}/{self.model}/{self.metric}"
 
-    @staticmethod
-    def from_row(row):
-        """The verdict that `to_row` wrote; missing or unknown keys: ValueError."""
-        known = {f.name for f in fields(Verdict)}
-        if wrong := (set(row) - known) | ({"claim", "status"} - set(row)):
-            raise ValueError(f"a verdict's row: missing or unknown {sorted(wrong)}; known: {sorted(known)}")
-        return Verdict(**{k: frozen(v) for k, v in row.items()})
+    @property
+    def numeric(self):
+        return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
+
+    @property
+    def slack(self):
+        """Half the width of the band around the claimed value, in the claim's unit."""
+        return max(self.rounding, self.tolerance * self.scale)
+
+    def in_unit(self, raw):
+        """`raw` (a count, bytes, seconds, or a fraction where the unit is %) in the claim's unit."""
+        return raw / SI.get(self.unit, 1.0)
 
 
-def _listed(value):
-    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+def near(name, known):
+    """The words for "unknown name": what is close to it, else all that is known."""
+    close = difflib.get_close_matches(str(name), list(known), n=5, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def quantity(value, unit, digits, sign=""):
+    """A number, word or list with its unit, as text."""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    text = value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
+    return f"{text}{'' if unit in ('', 'x') else ' '}{unit}"
+
+
+@functools.cache
+def load(path=None):
+    """Every claim of `path` (default: the packaged claims.csv), in the order of the file.
+
+    A row is a claim, a column a field of `Claim`. value: a number as it was printed, several with spaces between
+    them, a word, or "yes" for a statement (which stands in text); none where it is derived_from two claims above.
+    Raises ValueError, naming the claim, for whatever does not fit.
+    """
+    found = {}
+    with open(path or Path(__file__).with_name("claims.csv"), newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = "/".join(row.get(name) or "" for name in ("project", "model", "metric"))
+            try:
+                if key in found:
+                    raise ValueError("its id is given twice")
+                found[key] = _claim({k: v for k, v in row.items() if v}, found)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"claim {key}: {str(error).removeprefix(f'claim {key}: ')}") from error
+    return tuple(found.values())
+
+
+def _claim(given, before):
+    """The Claim of a row of text, its empty cells left out."""
+    sources = tuple(given.get("derived_from", "").split())
+    if not sources and "value" not in given:
+        raise ValueError("it has no value")
+    found = _derived(given, *(_known(s, before) for s in sources)) if sources else _printed(given)
+    given |= {"value": found["value"], "derived_from": sources, "tolerance": float(given.get("tolerance", 0))}
+    return Claim(**found | given)
+
+
+def _printed(given):
+    """Value, text, digits, rounding and scale of a claim as it was printed."""
+    text, unit = given["value"], given.get("unit", "")
+    try:
+        value, digits = float(text), len(text.partition(".")[2])
+    except ValueError:
+        several = re.fullmatch(r"\d+( \d+)+", text)
+        value = True if text == "yes" else tuple(map(int, text.split())) if several else text
+        return {"value": value, "text": quantity(value, unit, 0)}
+    saved = unit == "%" and given["kind"] in ("speed", "memory", "power")
+    return {"value": int(text) if text.isdigit() else value, "text": quantity(value, unit, digits), "digits": digits,
+            "rounding": 0.5 * 10.0**-digits, "scale": abs(100 - value) if saved else abs(value)}  # fmt: skip
+
+
+def _derived(given, claim, base):
+    """The same of the quotient of two claims, or of the change in %: their hardware need not be known."""
+    quotient, change = claim.value / base.value, given["unit"] == "%"
+    value, scale = (100 * (quotient - 1), 100 * quotient) if change else (quotient, quotient)
+    error = scale * (claim.rounding / claim.value + base.rounding / base.value)
+    text = quantity(value, given["unit"], 2, "+" if change else "")
+    return {"value": value, "digits": 2, "rounding": error, "scale": scale, "text": text}
+
+
+def _known(claim_id, known):
+    if claim_id not in known:
+        raise ValueError(f"unknown claim {claim_id!r}; {near(claim_id, known)}")
+    return known[claim_id]
 
 
 def get(claim_id):
     """The claim with that id; an unknown one is a ValueError that names the nearest."""
-    known = {c.id: c for c in load()}
-    if claim_id not in known:
-        raise ValueError(f"unknown claim {claim_id!r}; {near(claim_id, known)}")
-    return known[claim_id]
+    return _known(claim_id, {c.id: c for c in load()})
 
 
 def select(*, claims=None, **wanted):
@@ -89,143 +169,8 @@ def select(*, claims=None, **wanted):
         if name not in choosable:
             raise ValueError(f"claims cannot be selected by {name!r}; {near(name, choosable)}")
         values = {value} if isinstance(value, str) else set(value)
-        known = {getattr(c, name) for c in load()} | {getattr(c, name) for c in claims}
+        known = {getattr(c, name) for c in (*load(), *claims)}
         for missing in sorted(values - known - set(ALLOWED.get(name, ()))):
             raise ValueError(f"no claim has {name} {missing!r}; {near(missing, known)}")
         claims = tuple(c for c in claims if getattr(c, name) in values)
     return claims
-
-
-def _t(degrees):
-    """The 97.5 % quantile of Student's t: a table, then Cornish-Fisher's expansion (within 0.001)."""
-    if degrees <= len(T_975):
-        return T_975[degrees - 1]
-    z = 1.959964
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2) + third
-
-
-def _number(claim, value):
-    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
-        raise ValueError(f"claim {claim.id}: {value!r} is not a number (give None if nothing was measured)")
-    if not math.isfinite(value):
-        raise ValueError(f"claim {claim.id}: measured {value!r}, a finite number is needed")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _measured(claim, values):
-    """`values` as a tuple of plain Python values of the claim's type, one a run."""
-    values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
-    several = isinstance(values, (list, tuple))
-    if values is None or (several and not values):
-        return ()
-    if isinstance(claim.value, tuple):
-        runs = values if several and isinstance(values[0], (list, tuple)) else [values]
-        return tuple(tuple(_number(claim, v) for v in run) for run in runs)
-    runs = [v.item() if hasattr(v, "item") else v for v in (values if several else [values])]
-    if claim.numeric:
-        return tuple(_number(claim, v) for v in runs)
-    kind = type(claim.value)
-    if wrong := [v for v in runs if not isinstance(v, kind)]:
-        raise ValueError(f"claim {claim.id} ({claim.text!r}) takes a {kind.__name__}, not {wrong[0]!r}")
-    return tuple(runs)
-
-
-def _statistics(claim, values):
-    """Mean, standard deviation (None for one run) and margin of numbers."""
-    n = len(values)
-    if n > 1:
-        spread = stdev(values)
-        return fmean(values), spread, _t(n - 1) * spread / math.sqrt(n)
-    noise = NOISE[claim.kind]
-    return float(values[0]), None, 1.96 * noise * (1.0 if claim.kind == "accuracy" else claim.scale)
-
-
-def _compare(claim, mean, margin):
-    away = mean - claim.value
-    slack = claim.slack + 1e-9 * abs(claim.value)  # a figure exactly at the edge of rounding counts as inside
-    if abs(away) + margin <= slack:
-        return "confirmed"
-    if abs(away) - margin <= slack:
-        return "within noise"
-    better = {"higher": away > 0, "lower": away < 0, "equal": False}[claim.better]
-    return "exceeded" if better else "refuted"
-
-
-def settle(claim, values, *, as_published, why=""):
-    """The `Verdict` of measured `values`, one a seed, on a claim (or the id of one).
-
-    `values` are in the claim's unit (see `Claim.in_unit`): numbers, lists of tokens, words such as "O(n)", or
-    booleans for a statement; one alone may stand without its list. None or nothing at all: pending.
-    `as_published` says that everything the figure depends on (model, input size, data; for an accuracy also
-    the epochs) is as the project published it; `why` says what is not. Structural claims are judged either
-    way, so their values must come from the published model, whatever size was trained.
-    Raises ValueError for values that are not finite or not of the claim's type.
-    """
-    claim = get(claim) if isinstance(claim, str) else claim
-    values = _measured(claim, values)
-    if not values:
-        return Verdict(claim=claim.id, status="pending", as_published=as_published, reason=why)
-    mean = std = margin = None
-    if claim.numeric:
-        mean, std, margin = _statistics(claim, values)
-    if claim.judged == "never":
-        status, why = "not comparable", why or "the hardware behind the published figure is not known"
-    elif claim.judged == "as published" and not as_published:
-        status, why = "not comparable", why or "not measured at the published scale"
-    elif claim.numeric:
-        status = _compare(claim, mean, margin)
-    else:
-        agreed = [str(v).replace(" ", "") == str(claim.value).replace(" ", "") for v in values]
-        status = "confirmed" if all(agreed) else "within noise" if any(agreed) else "refuted"
-    found = {"mean": mean, "std": std, "margin": margin}
-    return Verdict(
-        claim=claim.id, status=status, values=values, as_published=as_published, reason=why, **found
-    )
-
-
-def _measured_text(claim, verdict):
-    if not verdict.values:
-        return "-"
-    runs = f" (n = {len(verdict.values)})"
-    if not claim.numeric:
-        words = {True: "yes", False: "no"} if isinstance(claim.value, bool) else {}
-        seen = dict.fromkeys(words.get(v, v) if words else v for v in verdict.values)
-        return " / ".join(quantity(v, claim.unit, 0) for v in seen) + runs
-    digits = 0 if all(isinstance(v, int) for v in verdict.values) else max(claim.digits, 1)
-    number = quantity(verdict.mean, "", digits, "+" if claim.metric.endswith("-change") else "")
-    if verdict.std is not None:
-        number = f"{number} ± {verdict.std:.{max(digits, 1)}f}"
-    return quantity(number, claim.unit, 0) + runs
-
-
-def table(claims, verdicts=()):
-    """A DataFrame `claimed | measured | verdict | note` indexed by claim id, in the order of `claims`.
-
-    A claim without a verdict is pending; one with several (as published, and as described) has a row for
-    each. Verdicts on other claims are left out.
-    """
-    import pandas as pd
-
-    rows, verdicts = [], tuple(verdicts)
-    for claim in claims:
-        mine = [v for v in verdicts if v.claim == claim.id]
-        for verdict in mine or [Verdict(claim=claim.id, status="pending")]:
-            note = "; ".join(part for part in (verdict.reason, claim.note) if part)
-            rows.append((claim.id, claim.text, _measured_text(claim, verdict), verdict.status, note))
-    frame = pd.DataFrame(rows, columns=["claim", "claimed", "measured", "verdict", "note"])
-    return frame.set_index("claim")
-
-
-def summary(verdicts):
-    """One sentence of counts, such as "3 of 5 claims judged: 2 confirmed, 1 refuted; 2 pending."."""
-    counts = Counter(v.status for v in verdicts)
-    total = counts.total()
-    if not total:
-        return "No claims."
-    parts = [f"{counts[s]} {s}" for s in STATUSES[:4] if counts[s]]
-    open_ones = [f"{counts[s]} {s}" for s in STATUSES[4:] if counts[s]]
-    judged = sum(counts[s] for s in STATUSES[:4])
-    sentence = f"{judged} of {total} claim{'s' if total != 1 else ''} judged"
-    sentence += f": {', '.join(parts)}" if parts else ""
-    return sentence + (f"; {', '.join(open_ones)}." if open_ones else ".")

@@ -8,7 +8,8 @@ import numpy as np
 import seaborn as sns
 import torch
 
-from vitlab.metrics.measure import COLUMNS, show
+from vitlab.metrics.measure import COLUMNS
+from vitlab.study.noise import over_seeds
 from vitlab.utils.files import atomic
 
 WIDTH = 7.5  # inches: the column of a notebook
@@ -234,11 +235,6 @@ def table(rows, columns, by="arm"):
     for name, group in rows.groupby(by, sort=False):
         lines[name] = {}
         for column in columns:
-            values = group[column].dropna() if column in group else []
-            mean = float(np.mean(values)) if len(values) else None
-            text = show(mean, column)
-            if len(values) > 1:
-                text += f" ± {show(float(np.std(values, ddof=1)), column)}"
-            lines[name][axis(column)] = text
+            lines[name][axis(column)] = over_seeds(group.get(column, []), column)
         lines[name]["seeds"] = len(group)
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis(by)

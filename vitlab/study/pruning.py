@@ -1,22 +1,20 @@
 """Arms of a pruning study: cut from a trained arm, trained on, pruned bit by bit; sweeps over criteria."""
 
 import contextlib
-import copy
 import dataclasses
-import math
 
 import torch
 
 from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
-from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.gates import L1, GatedConfig, GatedViT
 from vitlab.compress.pruning.slim import SlimViT
 from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
 from vitlab.study import plots
-from vitlab.study.claims import NOISE
+from vitlab.study.noise import run_noise
 from vitlab.study.study import Arm
 from vitlab.train.loop import History, cross_entropy
 from vitlab.utils.device import device_of, example
@@ -25,12 +23,10 @@ from vitlab.utils.files import digest
 KINDS = ("qk", "v", "mlp")
 
 
-def gated(study, spec, data, seed, *, l1, kinds=KINDS, build):
+def gated(study, spec, data, seed, *, l1, kinds=KINDS):
     """The Arm of a `zoo.Spec` trained with gates under an L1 penalty; its model is a `GatedViT`."""
-    return study.arm(
-        spec, data, seed, build=lambda config: GatedViT(build(config), kinds), objective=L1(l1),
-        variant=["gates", list(kinds), l1], name=f"{spec.name} gated",
-    )  # fmt: skip
+    spec = dataclasses.replace(spec, config=GatedConfig(base=spec.config, kinds=kinds))
+    return study.arm(spec, data, seed, objective=L1(l1), name=f"{spec.name} gated")
 
 
 def cut(arm, masks, name, title):
@@ -41,20 +37,16 @@ def cut(arm, masks, name, title):
     return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec)
 
 
-def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, how="", changes=()):
+def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, changes=()):
     """The Arm that starts from an arm's weights and trains on: recipe: fields set otherwise than in its own.
 
-    how: plain data that tells the objective apart (teacher's key, temperature, ...); it is part of the key, as
-    is the key of the arm it starts from. changes: what differs from what was published.
+    changes: what differs from what was published.
     """
     spec = dataclasses.replace(
         arm.spec, name=name, title=title, recipe=dataclasses.replace(arm.spec.recipe, **recipe),
         changes=(*arm.spec.changes, *changes),
     )  # fmt: skip
-    start = copy.deepcopy(arm.model)
-    return study.arm(
-        spec, data, arm.seed, build=lambda _: start, objective=objective, variant=["from", arm.key, how], name=name
-    )
+    return study.arm(spec, data, arm.seed, start=arm, objective=objective, name=name)
 
 
 def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
@@ -174,13 +166,6 @@ def relative(rows, columns, base):
     numbers = rows[columns].astype(float)
     below = first.loc[rows.seed, columns].astype(float).to_numpy()
     return pd.concat([rows[["arm", "seed"]], 100 * (numbers / below - 1)], axis=1)
-
-
-def run_noise(rows):
-    """Standard deviation (points) to expect of one run's accuracy: `claims.NOISE` and the finite test set."""
-    part = rows.accuracy_top1.mean() / 100
-    sampling = 100 * math.sqrt(part * (1 - part) / rows.n.min())
-    return math.hypot(NOISE["accuracy"], sampling)
 
 
 def published_export(arm, masks):

@@ -1,12 +1,15 @@
-"""What a notebook works with: data sets, arms that are trained once, rows, figures, claims.
+"""What a notebook works with: data sets, arms that are trained once, rows, figures, conclusions, claims.
 
-    study = Study("01_baseline", preset="tiny")
-    arms = study.arms(spec, data, seeds=[0, 1, 2])    # fit, or load what was fitted before
-    rows = study.rows(arms, data)                     # measured, each written to results/
-    study.save(plots.curves(arms), "curves")
-    study.settle("S0/dense/parameters", 5.53, as_published=True)
+study = Study("01_baseline", preset="tiny")
+arms = study.arms(spec, data, seeds=[0, 1, 2])    # fit, or load what was fitted before
+rows = study.rows(arms, data)                     # measured, each written to results/
+study.save(plots.curves(arms), "curves")
+study.conclude(f"The best reads {rows.accuracy_top1.max():.2f} %.")
+study.settle_rows(rows, claims.select(project="S0"))
 """
 
+import copy
+import dataclasses
 import json
 import os
 import time
@@ -14,20 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from vitlab.data import datasets
 from vitlab.metrics.measure import accuracy, measure
 from vitlab.models import checkpoint
-from vitlab.models.vit import ViT
-from vitlab.study import claims, plots, zoo
+from vitlab.study import plots, verdicts, zoo
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
-from vitlab.utils.files import atomic, digest, plain, read_json, write_json
+from vitlab.utils.files import described, digest, identity, write_json
 from vitlab.utils.provenance import provenance
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"  # trained arms that come with the project
+NO_ROWS = ("claims.json", "conclusions.json")  # beside the rows of a notebook
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Study:
         self.notebook, self.preset, self.log = notebook, preset, log
         self.root = Path(root or os.environ.get("VITLAB_ROOT") or Path(__file__).parents[2])
         self.fresh = os.environ.get("VITLAB_FRESH") == "1"
-        self.verdicts = {}
+        self.verdicts, self.conclusions = {}, {}
         self._data, self._trained = {}, set()
         hold_memory()
         plots.theme()
@@ -90,35 +92,35 @@ class Study:
 
     # ------------------------------------------------------------------------------------------- arms
 
-    def arm(self, spec, data, seed=0, *, build=ViT, objective=cross_entropy, on_epoch=(), variant="", name=None):
+    def arm(self, spec, data, seed=0, *, start=None, objective=cross_entropy, on_epoch=(), name=None):
         """The trained `Arm` of a `zoo.Spec` on `data`: loaded if it was trained before, else trained now.
 
-        objective and on_epoch go to `fit`; whatever they add must be told apart by `variant` (plain data: it
-        is part of the key, as are the configuration, the recipe, the data and the seed), ValueError
-        otherwise. A run that was stopped goes on where it was.
+        The model is what `spec.config` builds, or a copy of that of `start`, a finished Arm. objective and on_epoch
+        go to `fit`. The arm is known by its `arm_key`, which has all of these in it; ValueError where an objective
+        or a hook does not say what it does. A run that was stopped goes on where it was.
         """
-        if (objective is not cross_entropy or on_epoch) and not variant:
-            raise ValueError(f"{spec.name}: an arm with its own objective or hooks needs a `variant` for its key")
         spec, name = zoo.fitted(spec, data), name or spec.name
-        recipe = plain(spec.recipe) | {"seed": seed}
-        key = arm_key(spec.config, recipe, data.key, variant)
+        if start is not None:
+            spec = dataclasses.replace(spec, config=start.model.config)
+        recipe = dataclasses.replace(spec.recipe, seed=seed)
+        key = arm_key(spec.config, recipe, data.key, start=start, objective=objective, on_epoch=on_epoch)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
+        stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
+        if stored:
+            return self.load(stored, spec, name=name, seed=seed)
         rng.seed_all(seed)
-        model = build(spec.config).to(self.device)
-        if not self.fresh or key in self._trained:
-            for found in (path, _shipped(key)):
-                if found and found.exists() and (found.parent == DEMO or found.with_suffix(".json").exists()):
-                    return self._load(found, name, seed, key, model, spec)
-        self.log(f"{name}, seed {seed}: training {spec.recipe.epochs} epochs on {data.name}")
+        model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
+        self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
         if self.fresh:
             state.unlink(missing_ok=True)
         history = fit(
-            model, data, type(spec.recipe)(**recipe), objective=objective, on_epoch=on_epoch, checkpoint=state,
-            log=self.log, tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
-            name=name,
+            model, data, recipe, objective=objective, on_epoch=on_epoch, checkpoint=state, log=self.log, name=name,
+            tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
         )  # fmt: skip
-        self._store(path, name, seed, model, history, spec, data, variant)
+        about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
+                 "start": start and start.key, "history": history.rows}  # fmt: skip
+        checkpoint.save(model, path, about | provenance(self.device))
         state.unlink(missing_ok=True)
         self._trained.add(key)
         return Arm(name, seed, key, model, history, spec)
@@ -127,23 +129,15 @@ class Study:
         """`arm` for each seed."""
         return [self.arm(spec, data, seed, **options) for seed in seeds]
 
-    def _store(self, path, name, seed, model, history, spec, data, variant):
-        with atomic(path) as part:
-            save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
-        # the description comes last: weights without it are not yet an arm
-        write_json(
-            path.with_suffix(".json"),
-            {"name": name, "seed": seed, "config": plain(spec.config), "recipe": plain(spec.recipe), "data": data.key,
-             "dataset": data.name, "variant": variant, "history": history.rows} | provenance(self.device),
-        )  # fmt: skip
-
-    def _load(self, path, name, seed, key, model, spec):
-        stored = checkpoint.read(path).about if path.parent == DEMO else read_json(path.with_suffix(".json"))
-        model.load_state_dict(load_file(path))
-        history = History(stored["history"], resumed=len(stored["history"]))
-        how = "comes with the project, in half precision" if stored.get("key") else "trained before"
-        self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {stored['device']})")
-        return Arm(name, seed, key, model.eval(), history, spec)
+    def load(self, path, spec, *, name=None, seed=0):
+        """The Arm in a checkpoint, as an arm of `spec`; what the file does not tell of its training is unknown."""
+        about = checkpoint.read(path).about
+        rows = about.get("history", [])
+        history = History(rows, resumed=len(rows))
+        name, key = name or spec.name, about.get("key") or digest(Path(path).read_bytes().hex())
+        how = "comes with the project, in half precision" if Path(path).parent == DEMO else "trained before"
+        self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {about.get('device', 'another machine')})")
+        return Arm(name, seed, key, checkpoint.load(path, self.device), history, spec)
 
     # ------------------------------------------------------------------------------------------- rows
 
@@ -189,34 +183,60 @@ class Study:
         """Write a figure to figures/<preset>/<notebook>/<name>.png and .pdf, and return it for display."""
         return plots.save(figure, self.folder("figures") / name)
 
+    def conclude(self, text, about=None):
+        """Show a sentence (Markdown), and keep it in results/: what README and the scoreboard say of this notebook.
+
+        about: what it is about, a few words; another sentence about the same takes its place. The file has the
+        sentences in the order in which they were first said.
+        """
+        self.conclusions[about or text] = {"about": about, "text": text}
+        rows = list(self.conclusions.values())
+        write_json(self.folder("results") / "conclusions.json", {"conclusions": rows} | provenance(self.device))
+        say(text)
+
     def settle(self, claim, values, *, as_published, why=""):
-        """Settle a claim (see `vitlab.study.claims.settle`); it is kept for `claims_table` and written to results/."""
-        verdict = claims.settle(claim, values, as_published=as_published, why=why)
+        """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
+        verdict = verdicts.settle(claim, values, as_published=as_published, why=why)
         self.verdicts[verdict.claim] = verdict
         rows = [v.to_row() for v in self.verdicts.values()]
         write_json(self.folder("results") / "claims.json", {"verdicts": rows} | provenance(self.device))
         return verdict
 
+    def settle_rows(self, rows, selected):
+        """Settle the selected claims by what the rows (a DataFrame) answer, as `verdicts.answers` finds it."""
+        for claim in selected:
+            values, as_published, why = verdicts.answers(claim, rows)
+            self.settle(claim, values, as_published=as_published, why=why)
+
     def claims_table(self, selected):
         """claimed | measured | verdict | note of the selected claims; what was not settled is pending."""
-        return claims.table(selected, self.verdicts.values())
+        return verdicts.table(selected, self.verdicts.values())
 
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
-        return claims.summary([self.verdicts.get(c.id) or claims.settle(c, None, as_published=False) for c in selected])
+        pending = verdicts.settle
+        return verdicts.summary([self.verdicts.get(c.id) or pending(c, None, as_published=False) for c in selected])
 
 
-def arm_key(config, recipe, data, variant=""):
-    """The key of an arm: its configuration, recipe (a dictionary, with the seed), data's key and variant.
+def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epoch=()):
+    """The key of an arm: a digest of all that can change its numbers.
 
-    How fast it ran, compiled or in which precision, is not part of it.
+    That is its model's config, the recipe (with the seed), the data's key, the key of the arm it starts from, and
+    what objective and hooks say of themselves (see `described`). How fast it ran, compiled or in which precision,
+    is not part of it.
     """
-    known = {k: v for k, v in recipe.items() if k not in ("compile", "dtype")}
-    return digest([type(config).__name__, plain(config), known, data, variant])
+    known = {k: v for k, v in identity(recipe).items() if k not in ("compile", "dtype")}
+    method = {
+        "start": start and start.key,
+        "objective": None if objective is cross_entropy else described(objective),
+        "on_epoch": [described(hook) for hook in on_epoch],
+    }
+    method = {k: v for k, v in method.items() if v}
+    return digest([type(config).__name__, identity(config), known, data, method or ""])
 
 
 def _shipped(key):
-    """Path of the trained arm of that key that comes with the project, or None; VITLAB_FRESH=1 trains it again."""
+    """Path of the trained arm of that key that comes with the project, or None."""
     return next((p for p in sorted(DEMO.glob("*.safetensors")) if checkpoint.read(p).about.get("key") == key), None)
 
 
@@ -239,4 +259,4 @@ def read_rows(root, preset, notebook="*"):
     import pandas as pd
 
     files = sorted(Path(root, "results", preset).glob(f"{notebook}/*.json"))
-    return pd.DataFrame([json.loads(f.read_text()) for f in files if f.name != "claims.json"])
+    return pd.DataFrame([json.loads(f.read_text()) for f in files if f.name not in NO_ROWS])

@@ -7,6 +7,7 @@ and a figure counts as measured "as published" only when that list is empty.
 import dataclasses
 from dataclasses import dataclass
 
+from vitlab.models.checkpoint import Wrapper
 from vitlab.models.vit import ViTConfig
 from vitlab.train.recipe import Recipe
 
@@ -18,7 +19,7 @@ class Spec:
     name: str
     title: str
     dataset: str
-    config: ViTConfig
+    config: object  # of any registered kind of model
     recipe: Recipe
     changes: tuple[str, ...] = ()
 
@@ -99,9 +100,6 @@ STUDENTS = {
     )
 }
 
-CONFIG_FIELDS = {f.name for f in dataclasses.fields(ViTConfig)}
-RECIPE_FIELDS = {f.name for f in dataclasses.fields(Recipe)}
-
 
 def get(name):
     """The Spec of that name; an unknown one is a ValueError with the list."""
@@ -117,28 +115,35 @@ def scaled(name, changes=None):
     A field that is set to what it already is does not count as a change. Unknown fields: ValueError.
     """
     spec, changes = get(name), dict(changes or {})
-    known = CONFIG_FIELDS | RECIPE_FIELDS | {"dataset"}
+    shape, recipe = ([f.name for f in dataclasses.fields(part)] for part in (spec.config, spec.recipe))
+    known = {*shape, *recipe, "dataset"}
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{name} has no {', '.join(unknown)}; its fields: {', '.join(sorted(known))}")
-    if changes.keys() & {"dim"} and "mlp_dim" not in changes:
+    if "dim" in changes and "mlp_dim" in shape and "mlp_dim" not in changes:
         # the width of the MLP follows the model's, as in the published shape
         changes["mlp_dim"] = changes["dim"] * spec.config.mlp_dim // spec.config.dim
-    config = dataclasses.replace(spec.config, **{k: v for k, v in changes.items() if k in CONFIG_FIELDS})
-    recipe = dataclasses.replace(spec.recipe, **{k: v for k, v in changes.items() if k in RECIPE_FIELDS})
-    dataset = changes.get("dataset", spec.dataset)
-    return dataclasses.replace(
-        spec, dataset=dataset, config=config, recipe=recipe, changes=_differences(spec, dataset, config, recipe)
-    )
+    made = dataclasses.replace(
+        spec, dataset=changes.get("dataset", spec.dataset),
+        config=dataclasses.replace(spec.config, **{k: v for k, v in changes.items() if k in shape}),
+        recipe=dataclasses.replace(spec.recipe, **{k: v for k, v in changes.items() if k in recipe}),
+    )  # fmt: skip
+    return dataclasses.replace(made, changes=_differences(spec, made))
 
 
 def fitted(spec, data):
     """The Spec with as many classes as `data` has (the number of classes is the data's, not a change)."""
-    return dataclasses.replace(spec, config=dataclasses.replace(spec.config, num_classes=data.num_classes))
+    return dataclasses.replace(spec, config=_with_classes(spec.config, data.num_classes))
 
 
-def _differences(spec, dataset, config, recipe):
-    found = [] if dataset == spec.dataset else [f"{dataset} instead of {spec.dataset}"]
-    for old, new in ((spec.config, config), (spec.recipe, recipe)):
+def _with_classes(config, classes):
+    if isinstance(config, Wrapper):
+        return dataclasses.replace(config, base=_with_classes(config.base, classes))
+    return dataclasses.replace(config, num_classes=classes)
+
+
+def _differences(spec, made):
+    found = [] if made.dataset == spec.dataset else [f"{made.dataset} instead of {spec.dataset}"]
+    for old, new in ((spec.config, made.config), (spec.recipe, made.recipe)):
         for field in dataclasses.fields(old):
             was, now = getattr(old, field.name), getattr(new, field.name)
             # how fast and in what order it ran is not what was published

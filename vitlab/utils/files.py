@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -100,3 +101,23 @@ def digest(value, length=12):
     """A short hexadecimal SHA-256 of plain data; dictionaries hash the same in any key order."""
     text = json.dumps(plain(value), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def described(method):
+    """What tells an objective or a hook apart, as plain data to make keys of.
+
+    One with a `describe()` says it itself: plain data with all that changes what it does, to which the name of its
+    class is added. A function of a module is known by its qualified name. ValueError for anything else, since a
+    lambda or a function of a notebook may be another one next time.
+    """
+    function = inspect.isfunction(method)
+    name = (method if function else type(method)).__qualname__
+    if hasattr(method, "describe"):
+        return [name, plain(method.describe())]
+    if function and "<" not in name and method.__module__ != "__main__":
+        return f"{method.__module__}.{name}"
+    raise ValueError(
+        f"{name} does not say what it does, so that a trained model could not be told from another: give it a "
+        f"method `describe()` (a function an attribute: {name}.describe = lambda: {{...}}) that returns all its "
+        "settings as plain data"
+    )

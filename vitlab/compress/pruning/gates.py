@@ -16,6 +16,7 @@ from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.shape import KINDS, check, head_index, sizes
 from vitlab.models.checkpoint import Wrapper, register
 from vitlab.train.loop import cross_entropy
+from vitlab.utils.files import described
 
 
 @register("gated")
@@ -158,6 +159,10 @@ class L1(nn.Module):
     def __init__(self, weight=1e-4, base=cross_entropy):
         super().__init__()
         self.weight, self.base = weight, base
+
+    def describe(self):
+        """All that tells this objective from another, as plain data to make keys of."""
+        return {"weight": self.weight, "base": described(self.base)}
 
     def forward(self, model, batch):
         loss, logs = self.base(model, batch)

@@ -8,6 +8,7 @@ import torch
 from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.shape import narrow
 from vitlab.metrics.predict import input_size
+from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
 
 
@@ -113,6 +114,8 @@ def timm_distillation(teacher, *, temperature=4.0, alpha=0.7):
                 "kd": found["kd_loss"].detach()}  # fmt: skip
         return found["loss"], logs
 
+    told = {"teacher": fingerprint(teacher), "temperature": temperature, "alpha": alpha}
+    objective.describe = lambda: told
     return objective
 
 

@@ -1,0 +1,57 @@
+"""Figures and tables: not blank, told apart, with what they say."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from vitlab.study import plots
+
+matplotlib.use("Agg")
+
+
+def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
+    plots.theme()
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    frame = pd.DataFrame(np.random.default_rng(0).random((4, 3)), index=list("abcd"), columns=list("xyz"))
+    rows = pd.DataFrame({"arm": ["a", "a", "b"], "macs": [1e6, 1e6, 5e6], "latency_ms": [1.0, 1.1, 2.0],
+                         "accuracy_top1": [50.0, 52.0, 60.0]})  # fmt: skip
+    made = {
+        "pictures": plots.pictures(images, columns=3, rows=["one", "two"]),
+        "patches": plots.patches(images[0], 4),
+        "tradeoff": plots.tradeoff(rows),
+        "bars": plots.bars(frame, unit="u"),
+        "heatmap": plots.heatmap(frame, label="l"),
+        "confusion": plots.confusion([[3, 1], [0, 4]], ["cat", "dog"]),
+        "per_class": plots.per_class({"a": [50.0] * 40, "b": [60.0] * 40}, [str(i) for i in range(40)]),
+        "attention": plots.attention(images[:2], {"last": torch.rand(2, 4, 4)}, ["cat", "dog"]),
+    }
+    for name, figure in made.items():
+        plots.save(figure, tmp_path / "figures" / name)
+        png = np.asarray(Image.open(tmp_path / "figures" / f"{name}.png").convert("L"))
+        assert png.std() > 5, f"{name} is blank"
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert len(list((tmp_path / "figures").iterdir())) == 2 * len(made)
+    matplotlib.pyplot.close("all")
+
+
+def test_no_two_of_many_arms_look_the_same():
+    look = plots.colours(str(i) for i in range(25))
+    assert len(set(look.values())) == 25 and look["3"] == plots.colours(map(str, range(5)))["3"]
+
+
+def test_confusion_rows_are_percentages_of_the_truth():
+    figure = plots.confusion([[3, 1], [0, 4]], ["cat", "dog"])
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert texts == ["75", "25", "0", "100"]
+    matplotlib.pyplot.close("all")
+
+
+def test_the_table_has_mean_and_deviation_over_seeds_and_says_what_was_not_measured():
+    rows = pd.DataFrame({"arm": ["a", "a", "b"], "accuracy_top1": [70.0, 72.0, 80.0], "power_w": [None] * 3})
+    table = plots.table(rows, ["accuracy_top1", "power_w"])
+    assert table.loc["a", "Accuracy (%)"] == "71.00 ± 1.41"
+    assert table.loc["b", "Accuracy (%)"] == "80.00"
+    assert set(table["Power (W)"]) == {"not measured"} and table.seeds.tolist() == [2, 1]

@@ -1,0 +1,49 @@
+"""The published models and ours, scaled: what changes, what does not."""
+
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vitlab.compress.pruning.gates import GatedConfig
+from vitlab.models.resnet import ResNetConfig
+from vitlab.models.vit import ViT
+from vitlab.study import zoo
+
+
+def test_changes_are_listed_against_the_published_and_unknown_ones_refused():
+    spec = zoo.scaled("S0/dense", {"dataset": "tiny", "dim": 24, "heads": 2})
+    assert zoo.scaled("S0/dense").changes == ()
+    assert zoo.scaled("S0/dense", {"epochs": 3, "dim": 192, "compile": "on"}).changes == ()
+    assert "dim 24 instead of 192" in spec.why and "tiny instead of cifar10" in spec.why
+    assert spec.config.mlp_dim == 96  # four times the width, as published
+    assert zoo.scaled("S2/baseline", {"dim": 64}).config.mlp_dim == 64
+    with pytest.raises(ValueError, match="has no wings"):
+        zoo.scaled("S0/dense", {"wings": 2})
+    with pytest.raises(ValueError, match="unknown model 'S9'"):
+        zoo.scaled("S9")
+
+
+def test_our_baseline_keeps_to_its_budget():
+    config = zoo.get("ours").config
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in ViT(config).parameters())
+    assert 3e6 <= parameters <= 5e6 and config.macs() <= 0.4e9
+
+
+def test_a_model_of_any_kind_can_be_scaled_by_its_own_fields(monkeypatch):
+    cnn = dataclasses.replace(zoo.get("ours"), name="cnn", config=ResNetConfig(widths=(8, 16, 16, 16)))
+    monkeypatch.setitem(zoo.SPECS, "cnn", cnn)
+    spec = zoo.scaled("cnn", {"widths": (4, 8, 8, 8), "epochs": 2})
+    assert spec.config.widths == (4, 8, 8, 8) and "widths (4, 8, 8, 8) instead of (8" in spec.why
+    with pytest.raises(ValueError, match=r"cnn has no dim; its fields: .*widths"):
+        zoo.scaled("cnn", {"dim": 8})
+
+
+def test_the_number_of_classes_is_the_datas_also_within_a_wrapper():
+    gated = dataclasses.replace(zoo.get("ours"), config=GatedConfig(base=zoo.get("ours").config))
+    for spec in (zoo.get("ours"), gated):
+        fitted = zoo.fitted(spec, SimpleNamespace(num_classes=7))
+        assert fitted.config.num_classes == 7 and fitted.changes == ()
