@@ -38,10 +38,10 @@ def test_methods_cost_the_same(evaluator, calibration):
 
 
 def test_what_a_method_chooses_it_chooses_on_train(evaluator, calibration):
-    options, table = tc.chosen(evaluator, calibration, 0.7, candidates=tc.CANDIDATES[2:5])
+    options, table = tc.chosen(calibration, 0.7, candidates=tc.CANDIDATES[2:5])
     best = table.loc[table.kl.idxmin()]
     assert options == {"action": "ward", "metric": best.metric, "power": best.power}
-    for choose in (lambda: tc.chosen(evaluator, evaluator, 0.7), lambda: tc.calibrated(evaluator, evaluator, macs=1e9)):
+    for choose in (lambda: tc.chosen(evaluator, 0.7), lambda: tc.calibrated(evaluator, evaluator, macs=1e9)):
         with pytest.raises(ValueError, match=r"split='val': .* chosen on train"):
             choose()
 

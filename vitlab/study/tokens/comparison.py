@@ -34,13 +34,13 @@ CANDIDATES = tuple({"metric": m, "power": p} for m in ("key", "input") for p in 
 SIZE_PRICED = {"action": "ward"}
 
 
-def chosen(evaluator, calibration, share, *, alpha=0.5, candidates=CANDIDATES):
+def chosen(calibration, share, *, alpha=0.5, candidates=CANDIDATES):
     """(options of the size-priced merge, table): metric and exponent with the least KL on images of the train split.
 
-    calibration: an Evaluator of the same model; ValueError if its images are not of "train".
+    calibration: an Evaluator; ValueError if its images are not of "train". share: of the plain model's MACs.
     """
-    config, table = search.choose(evaluator.plain, of_train(calibration).images, candidates, alpha=alpha,
-                                  macs=share * evaluator.macs, pooled_last=True, **SIZE_PRICED)  # fmt: skip
+    config, table = search.choose(of_train(calibration).plain, calibration.images, candidates, alpha=alpha,
+                                  macs=share * calibration.macs, pooled_last=True, **SIZE_PRICED)  # fmt: skip
     return SIZE_PRICED | {"metric": config.metric, "power": config.power}, pd.DataFrame(table)
 
 
