@@ -97,7 +97,7 @@ def test_rows_are_written_with_provenance_and_read_back(study, spec):
     data = study.data("tiny")
     arm = study.arm(spec, data)
     row = study.row(arm, data, seconds=0.02, batch=8, note="mine")
-    stored = read_json(study.folder("results") / "S0-dense-tiny-s0.json")
+    stored = read_json(study.folder("results") / "S0-dense-small-tiny-s0.json")
     assert json.loads(json.dumps(row)).items() <= stored.items()
     assert {"commit", "dirty", "versions", "device", "finished"} <= stored.keys()
     assert stored["params"] == sum(p.numel() for p in arm.model.parameters())

@@ -20,6 +20,9 @@ def test_changes_are_listed_against_the_published_and_unknown_ones_refused():
     assert "dim 24 instead of 192" in spec.why and "tiny instead of cifar10" in spec.why
     assert spec.config.mlp_dim == 96  # four times the width, as published
     assert zoo.scaled("S2/baseline", {"dim": 64}).config.mlp_dim == 64
+    assert (zoo.scaled("S0/dense").name, spec.name) == ("S0/dense", "S0/dense-small")
+    assert zoo.scaled("S0/dense", {"depth": 13}).name == "S0/dense-large" and "scaled down" in spec.title
+    assert zoo.scaled("ours", {"drop_path": 0.0, "epochs": 2}).name == "ours"  # as large as before
     with pytest.raises(ValueError, match="has no wings"):
         zoo.scaled("S0/dense", {"wings": 2})
     with pytest.raises(ValueError, match="unknown model 'S9'"):

@@ -112,7 +112,8 @@ def get(name):
 def scaled(name, changes=None):
     """The Spec `name` with some fields of its configuration or recipe (or its dataset) set otherwise.
 
-    A field that is set to what it already is does not count as a change. Unknown fields: ValueError.
+    A field that is set to what it already is does not count as a change. A model of another size than the published
+    one is a stand-in, and is called so: "S3/baseline-small" (or "-large"). Unknown fields: ValueError.
     """
     spec, changes = get(name), dict(changes or {})
     shape, recipe = ([f.name for f in dataclasses.fields(part)] for part in (spec.config, spec.recipe))
@@ -127,7 +128,10 @@ def scaled(name, changes=None):
         config=dataclasses.replace(spec.config, **{k: v for k, v in changes.items() if k in shape}),
         recipe=dataclasses.replace(spec.recipe, **{k: v for k, v in changes.items() if k in recipe}),
     )  # fmt: skip
-    return dataclasses.replace(made, changes=_differences(spec, made))
+    size = made.config.macs() - spec.config.macs()
+    suffix = "-small" if size < 0 else "-large" if size > 0 else ""
+    title = spec.title + {"-small": ", scaled down", "-large": ", scaled up"}.get(suffix, "")
+    return dataclasses.replace(made, name=spec.name + suffix, title=title, changes=_differences(spec, made))
 
 
 def fitted(spec, data):

@@ -1,0 +1,110 @@
+"""How many threads torch computes with, and how they wait for each other. To be called before torch is imported.
+
+OpenMP's threads spin while they wait for the slowest. Where another process wants the same core, the slowest is not
+even running, and the others burn the time that it needs: two trainings on two cores can slow each other down a
+hundredfold (bench/neighbour.py). So waiting threads sleep here. torch's own build brings GNU's OpenMP, which reads
+OMP_WAIT_POLICY when it is loaded; others bring LLVM's or Intel's, which read KMP_BLOCKTIME.
+
+How many threads pay depends on the machine and its load: two logical CPUs may be one core, and a small model's
+operations are over before a second thread has woken up. `choose` times it. Sums are added in another order with
+another number of threads, so that runs agree to the last bit only where it is the same: OMP_NUM_THREADS fixes it.
+"""
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+CPUS = Path("/sys/devices/system/cpu")
+WORTH = 0.9  # more threads are taken where they bring the time below this share of what fewer need
+
+
+def wait_passively():
+    """Let waiting threads sleep, in this process and those it starts: whether it came before torch was loaded.
+
+    What the user has set stays.
+    """
+    for name, value in PASSIVE.items():
+        os.environ.setdefault(name, value)
+    return "torch" not in sys.modules
+
+
+def physical_cores(cpus=CPUS):
+    """Number of cores this process may run on; logical CPUs that share a core count once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+    def core(number):
+        try:
+            return (cpus / f"cpu{number}" / "topology" / "thread_siblings_list").read_text().strip()
+        except OSError:  # not Linux, or hidden: each its own
+            return str(number)
+
+    return len({core(number) for number in allowed})
+
+
+def choose(jobs=1):
+    """Set torch's number of threads, here and (OMP_NUM_THREADS) in processes to be started; one line that says which.
+
+    jobs: how many processes will compute side by side; each gets its share of the cores. Within it the fastest
+    number in a training step of a small ViT is taken, the smaller one where that is hardly slower. OMP_NUM_THREADS,
+    where the user has set it, is left alone.
+    """
+    if given := os.environ.get("OMP_NUM_THREADS"):
+        return f"threads: {given} (OMP_NUM_THREADS)"
+    import torch
+
+    cores = physical_cores()
+    share = max(1, cores // jobs)
+    beside = f" shared by {jobs} jobs" if jobs > 1 else ""
+    times = timings(share)
+    count = fewest(times)
+    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    timed = ", ".join(f"{n}: {1e3 * t:.0f} ms" for n, t in times.items())
+    return f"threads: {count} (of {cores} cores{beside}; a small training step with {timed})"
+
+
+def fewest(times):
+    """The number of threads to take from {threads: seconds}, in rising order: more only where that is worth it."""
+    chosen = next(iter(times))
+    for count, spent in times.items():
+        if spent < WORTH * times[chosen]:
+            chosen = count
+    return chosen
+
+
+def timings(most, rounds=5):
+    """{number of threads: median seconds of a small ViT's training step}, for 1, 2, 4, ... and `most`, in turns."""
+    import torch
+
+    counts = sorted({2**k for k in range(most.bit_length()) if 2**k < most} | {most})
+    if len(counts) == 1:
+        return {most: _step_seconds()()}
+    before, step, spent = torch.get_num_threads(), _step_seconds(), {count: [] for count in counts}
+    try:
+        for _ in range(rounds):
+            for count in counts:
+                torch.set_num_threads(count)
+                step()  # a change of the number wakes or makes threads
+                spent[count].append(step())
+    finally:
+        torch.set_num_threads(before)
+    return {count: statistics.median(seconds) for count, seconds in spent.items()}
+
+
+def _step_seconds():
+    """A function that trains a block of width 128 on 32 images of 64 tokens once and gives the seconds it took."""
+    import torch
+
+    with torch.random.fork_rng(devices=()):
+        block = torch.nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+    tokens = torch.randn(32, 64, 128, generator=torch.Generator().manual_seed(0))  # B N D
+
+    def step():
+        start = time.perf_counter()
+        block(tokens).square().mean().backward()
+        return time.perf_counter() - start
+
+    return step
