@@ -93,7 +93,7 @@ def test_our_model_and_timms_with_the_same_weights_agree_when_reduced():
 
 
 def cut(kind):
-    """(SlimViT with heads of unequal width, a ViT of full size that has zeros where channels were cut away)."""
+    """(a ViT with heads of unequal width, one of full size that has zeros where channels were cut away)."""
     model = small(dim=48, heads=3, image_size=16, **kind)
     draw = torch.Generator().manual_seed(3)
     masks, zeroed = {}, copy.deepcopy(model)
