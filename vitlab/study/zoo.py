@@ -104,10 +104,25 @@ SPECS = {
     )
 }
 
-# trained beside a baseline of SPECS, with and without a teacher; `get` and `scaled` know them too
-STUDENTS = {
+# trained beside a baseline of SPECS, each in one notebook; `get` and `scaled` know them too
+BESIDE = {
     spec.name: spec
     for spec in (
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/dense-6",
+            title="dense, of Sparse-ViT's depth",
+            config=dataclasses.replace(SPECS["S0/dense"].config, depth=6, heads=6),
+        ),
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/sparse",
+            title="Sparse-ViT as described",
+            config=dataclasses.replace(
+                SPECS["S0/dense"].config, depth=6, heads=6, attention="topk",
+                attention_args={"k": 32, "score": "learned", "gate": "l1"},
+            ),
+        ),
         Spec(
             name="S2/tiny",
             title="Structured pruning's tiny student",
@@ -123,7 +138,7 @@ STUDENTS = {
 
 def get(name):
     """The Spec of that name; an unknown one is a ValueError with the list."""
-    known = SPECS | STUDENTS
+    known = SPECS | BESIDE
     if name not in known:
         raise ValueError(f"unknown model {name!r}; there are: {', '.join(known)}")
     return known[name]
