@@ -53,18 +53,50 @@ install() {
     echo "$wanted" >"$stamp"
 }
 
+# Every stage runs, also after one has failed. What notebooks write goes to a folder of its own.
+stage() {
+    local name=$1 begun=$SECONDS verdict=ok
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" || { verdict=FAILED; failed=1; }
+    echo "=== $name: $verdict, $((SECONDS - begun)) s"
+}
+
+run_notebooks() {
+    local copies=$here/.state/nbval scratch
+    scratch=$(mktemp -d) && rm -rf "$copies" || return
+    # nbval runs notebooks as they are, so the parameters are put in beforehand
+    "$1" -c 'import sys; from vitlab.run.notebooks import prepare; prepare(*sys.argv[1:])' "$here" "$copies" &&
+        VITLAB_ROOT=$scratch "$1" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 "$copies"/*.ipynb
+    local code=$?
+    rm -rf "$scratch"
+    return $code
+}
+
+run_tests() {
+    cd "$here"
+    failed=0
+    stage ruff "$1" -m ruff check .
+    stage pytest "$1" -m pytest
+    stage notebooks run_notebooks "$1"
+    exit $failed
+}
+
 base=$(find_python)
 "$base" -P -m vitlab.cli run --check-options "$@" || exit $?
-no_install=false
+no_install=false test=false
 for option in "$@"; do
     case $option in
         -h | --help) exit 0 ;;
         --no-install) no_install=true ;;
+        --test) test=true ;;
     esac
 done
-if $no_install; then
-    exec "$base" -P -m vitlab.cli run "$@"
+python=$base
+if ! $no_install; then
+    make_venv "$base"
+    install
+    python=$venv/bin/python
 fi
-make_venv "$base"
-install
-exec "$venv/bin/python" -P -m vitlab.cli run "$@"
+if $test; then run_tests "$python"; fi
+exec "$python" -P -m vitlab.cli run "$@"

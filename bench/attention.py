@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitlab.metrics import complexity
 from vitlab.models.kernels.linear import EPS, PHIS, choose, linear_attention
+from vitlab.study import complexity
 from vitlab.utils import files
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,

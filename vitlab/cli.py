@@ -1,22 +1,18 @@
-"""The command line: `vitlab run | data | readme | train | evaluate | measure`.
+"""The command line: `vitlab run | train | evaluate | measure | report | data`.
 
-Each sub-command is a function that adds itself to the parser.
-
-Only the standard library is imported at the top: run_all.sh checks its options here before anything is
-installed.
+Only the standard library is imported at the top: run_all.sh checks its options here before anything is installed, and
+help comes at once. What the commands do is in `vitlab.run.commands`.
 """
 
 import argparse
+import ast
 import importlib.util
 import os
 import re
-import signal
 import sys
+from pathlib import Path
 
-from vitlab.run import commands as work
-
-NEEDED = ("torch", "torchvision", "papermill", "nbconvert", "ipykernel", "yaml")
-INTERRUPTED_CODE, USAGE_CODE = 130, 2
+USAGE_CODE = 2
 
 RUN_HELP = """\
 Run the notebooks and keep their executed copies in executed/<preset>/, figures in figures/<preset>/ and
@@ -27,33 +23,39 @@ command goes on; 130 interrupted"""
 
 SETUP_HELP = """\
 set-up by run_all.sh (these are not options of `vitlab run`'s own work):
+  --test          run ruff, pytest and the notebooks under nbval
+  --no-install    install nothing, make no .venv
   VITLAB_PYTHON   the interpreter that .venv is made from; with --no-install, the one that is used as it is
   VITLAB_DATA     folder with cifar10.npz, cifar100.npz (default: ~/.cache/vitlab, downloaded to there)
   VITLAB_ROOT     folder that results go to (default: the checkout)"""
+
+TRAIN_HELP = """\
+Train a model. Every field of its config and of the training recipe is an option, such as --mlp-dim 512,
+--optimizer sgd or --augment crop(4)+flip. A ViT starts from the shape of S4/baseline (vitlab/study/zoo.py); the recipe
+is that model's, too: AdamW, cosine, smoothing, mixup; 10 of 200 epochs are warm-up, in that proportion for others."""
 
 
 def parser():
     """The parser with all sub-commands."""
     top = argparse.ArgumentParser(prog="vitlab", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_run, add_data, add_readme):
+    for add in (add_run, add_train, add_evaluate, add_measure, add_report, add_data):
         add(commands)
-    work.add(commands)
     return top
 
 
 def add_run(commands):
-    """`vitlab run`: what run_all.sh calls."""
     sub = commands.add_parser(
-        "run", help="run the notebooks, or the tests", description=RUN_HELP, epilog=SETUP_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        prog=os.environ.get("VITLAB_PROG") or "vitlab run",
-    )
+        "run", help="run the notebooks", description=RUN_HELP, epilog=SETUP_HELP, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, prog=os.environ.get("VITLAB_PROG") or "vitlab run",
+    )  # fmt: skip
     sub.add_argument("--preset", metavar="NAME", help="presets/NAME.yaml (default: what suits the machine)")
     sub.add_argument("--only", type=names, metavar="01,05", help="these notebooks only")
     sub.add_argument("--seeds", type=seeds, metavar="0,1,2", help="these seeds instead of the preset's")
     sub.add_argument("-p", "--parameter", action="append", type=assignment, default=[], metavar="NAME=VALUE",
                      help="set a parameter of all chosen notebooks (VALUE as in YAML); may be repeated")
+    sub.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="so many notebooks or seeds side by "
+                     "side, the cores shared out; what was trained seed by seed is measured afterwards, alone")
     resume = sub.add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", default=True,
                         help="skip what is up to date, go on with what was stopped (the default)")
@@ -63,30 +65,64 @@ def add_run(commands):
                      help="stop cleanly before so much time has passed (90s, 25m, 1h30m)")
     sub.add_argument("--notebook-timeout", type=seconds, metavar="2h", help="stop a notebook after this")
     sub.add_argument("--list", action="store_true", help="show the notebooks and where each preset stands")
-    sub.add_argument("--test", action="store_true", help="run ruff, pytest and the notebooks under nbval")
     sub.add_argument("--project", metavar="DIR", help="folder with notebooks/, presets/ (default: this one)")
-    sub.add_argument("--no-install", action="store_true", help="(run_all.sh) install nothing, make no .venv")
-    sub.add_argument("--check-options", action="store_true", help=argparse.SUPPRESS)
-    sub.set_defaults(action=run)
+    for hidden in ("--test", "--no-install", "--check-options"):  # run_all.sh's
+        sub.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
+
+
+def add_train(commands):
+    sub = commands.add_parser("train", help="train a model", description=TRAIN_HELP, allow_abbrev=False,
+                              epilog=fields_help(), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    sub.add_argument("--model", default="vit", metavar="KIND", help="vit (default), resnet, timm:NAME, ...")
+    sub.add_argument("--dataset", default="cifar100", help="cifar10, cifar100 (default), tiny-imagenet, tiny or "
+                     "folder:PATH")
+    sub.add_argument("--ripple-stages", type=positive(int), help="with --attention ripple: 1 to 4 (published: 3)")
+    sub.add_argument("--hydra-branches", type=positive(int), help="with --attention hydra: 1 to 8 (published: 4)")
+    sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
+    sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
+    sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+
+
+def add_evaluate(commands):
+    sub = commands.add_parser("evaluate", help="accuracy, by class too, of a trained model", allow_abbrev=False)
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="any model that vitlab wrote")
+    sub.add_argument("--dataset", help="default: what the model was trained on")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+
+
+def add_measure(commands):
+    sub = commands.add_parser("measure", help="size, operations, time, memory of a model", allow_abbrev=False)
+    sub.add_argument("--checkpoint", type=Path, metavar="FILE", help="any model that vitlab wrote")
+    sub.add_argument("--timm", metavar="NAME", help="a model of timm's, with random weights, in place of a checkpoint")
+    sub.add_argument("--dataset", help="read accuracy on it, too (with --timm: its number of classes only)")
+    sub.add_argument("--batch-size", type=positive(int), default=256, help="images a pass for throughput and memory")
+    sub.add_argument("--seconds", type=positive(float), default=2.0, help="for each timing")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+
+
+def add_report(commands):
+    sub = commands.add_parser(
+        "report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md", allow_abbrev=False,
+        description="Made from results/ and executed/ alone: RESULTS.md, CLAIMS.md and the marked parts of README.md.",
+    )
+    sub.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is stale")
 
 
 def add_data(commands):
-    """`vitlab data`: get data sets and say what is in them."""
     sub = commands.add_parser("data", help="fetch, check and describe data sets", allow_abbrev=False)
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
     sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
-    sub.set_defaults(action=data)
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
 
 
-def add_readme(commands):
-    """`vitlab readme`: write the computed tables into README.md."""
-    sub = commands.add_parser(
-        "readme", help="write the tables computed from the rows into README.md", allow_abbrev=False,
-        description="Writes the tables between the markers of README.md, from results/ and executed/ alone.",
-    )
-    sub.add_argument("--check", action="store_true", help="change nothing; exit 1 where the text is stale")
-    sub.set_defaults(action=refresh_readme)
-
+# -------------------------------------------------------------------------------------------- values
 
 def names(text):
     """"01,05" -> ["01", "05"]."""
@@ -110,110 +146,71 @@ def seconds(text):
     return total
 
 
+def positive(kind):
+    """A reader of numbers of that kind, finite and above zero."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            what = "a whole number of at least 1" if kind is int else "a finite number above 0"
+            raise argparse.ArgumentTypeError(f"{text!r}: {what} is needed")
+        return value
+
+    return read
+
+
 def assignment(text):
-    """"epochs=3" -> ("epochs", 3)."""
+    """"epochs=3" -> ("epochs", "3"); the value is read as YAML later, when something is sure to be installed."""
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    if importlib.util.find_spec("yaml") is None:  # nothing is installed yet; it is read again later
-        return name, value
-    import yaml
-
-    return name, yaml.safe_load(value)
+    return name, value
 
 
-def run(options):
-    """Run what the options ask for; the exit code."""
-    if options.check_options:
-        return 0
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(
-            f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
-            f"another interpreter with VITLAB_PYTHON"
-        )
-    from vitlab.run import notebooks, runner
-
-    project = notebooks.project(options.project)
-    if options.list:
-        return show(project)
-    if options.test:
-        from vitlab.run.selftest import selftest
-
-        return selftest(project)
-    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
-    print(f"preset {preset}: {why}", flush=True)
-    jobs = runner.plan(project, preset, options.only, options.seeds, dict(options.parameter))
-    if not jobs:
-        print("no notebooks yet")
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED_CODE
-    print("\n" + runner.summary(project, jobs, outcomes), flush=True)
-    code = runner.exit_code(outcomes)
-    if any(o.status in (runner.PAUSED, runner.WAITING) for o in outcomes):
-        without = "" if options.resume else ", without --fresh,"
-        print(f"\nThe budget is spent; the same command{without} goes on from here.", flush=True)
-    return code
+def fields(words):
+    """["--dim", "64", "--lr=0.1"] -> {"dim": "64", "lr": "0.1"}; ValueError for what has no value."""
+    found, rest = {}, list(words)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not re.fullmatch(r"--[a-z][a-z0-9-]*", name) or not (sign or rest):
+            raise ValueError(f"unknown options: {name} (--help lists the known ones)")
+        found[name[2:].replace("-", "_")] = value if sign else rest.pop(0)
+    return found
 
 
-def show(project):
-    """Print the notebooks, and where each preset stands."""
-    from vitlab.run import notebooks, runner
-
-    found, presets = notebooks.find(project.source), notebooks.presets(project.source)
-    if not found:
-        print("no notebooks yet")
-        return 0
-    standing = {}
-    for preset in presets:
-        for job in runner.plan(project, preset):
-            standing[job.notebook.stem, preset] = runner.standing(project, job)
-    width = max(len(n.stem) for n in found)
-    print("  ".join(["notebook".ljust(width), *(p.ljust(10) for p in presets), "title"]))
-    for notebook in found:
-        states = [standing[notebook.stem, p].ljust(10) for p in presets]
-        print("  ".join([notebook.stem.ljust(width), *states, notebook.title]))
-    return 0
-
-
-def data(options):
-    """Load each data set (which fetches, checks and caches it) and print what is in it."""
-    from vitlab.data.datasets import load
-
-    for name in options.name:
-        found = load(name, root=options.root)
-        parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
-        print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
-    return 0
-
-
-def refresh_readme(options):
-    """Refresh README.md, or say whether it is stale; the exit code."""
-    from vitlab.run import notebooks, readme
-
-    root = notebooks.project().source
-    if options.check:
-        print("README.md is stale: run `vitlab readme`" if (old := readme.stale(root)) else "README.md is up to date")
-        return int(old)
-    print("README.md was refreshed" if readme.refresh(root) else "README.md was up to date")
-    return 0
+def fields_help():
+    """The fields of a ViT's config and of the recipe, read off their source, since importing them takes seconds."""
+    here, said = Path(__file__).parent, []
+    for what, file, name in (("a ViT", "models/vit.py", "ViTConfig"), ("the recipe", "train/recipe.py", "Recipe")):
+        body = next(n.body for n in ast.parse((here / file).read_text(encoding="utf-8")).body
+                    if isinstance(n, ast.ClassDef) and n.name == name)  # fmt: skip
+        found = [f"--{n.target.id.replace('_', '-')}" for n in body if isinstance(n, ast.AnnAssign)]
+        lines = ("  " + " ".join(found[i : i + 6]) for i in range(0, len(found), 6))
+        said.append("\n".join([f"fields of {what}:", *lines]))
+    return "\n\n".join(said)
 
 
 def main(arguments=None):
     """The command; its exit code. Bad input is one line on stderr, not a traceback."""
-    top = parser()
-    options, unknown = top.parse_known_args(arguments)
-    if unknown:
-        print(f"unknown options: {' '.join(unknown)} (--help lists the known ones)", file=sys.stderr)
-        return USAGE_CODE
+    options, unknown = parser().parse_known_args(arguments)
     try:
-        return options.action(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if unknown and options.command != "train":
+            raise ValueError(f"unknown options: {' '.join(unknown)} (--help lists the known ones)")
+        options.fields = fields(unknown)
+        if getattr(options, "check_options", False):
+            return 0
+        needed = ("torch", "torchvision", "papermill", "nbconvert", "ipykernel", "yaml")
+        if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+            raise ValueError(f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
+                             "another interpreter with VITLAB_PYTHON")  # fmt: skip
+        from vitlab.run import commands
+
+        return getattr(commands, options.command)(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_CODE
 
 

@@ -24,7 +24,7 @@ def test_train_leaves_a_model_a_description_and_logs(trained):
     model = checkpoint.load(trained)
     assert (model.config.attention, dict(model.config.attention_args)) == ("ripple", {"stages": 1})
     assert (model.config.dim, model.config.mlp_dim, model.config.num_classes) == (16, 64, 10)
-    about = json.loads(trained.with_name(trained.name + ".json").read_text())
+    about = checkpoint.read(trained).about
     assert about["dataset"] == "tiny" and len(about["history"]) == 1 and about["recipe"]["batch"] == 250
     # 10 of 200 epochs
     assert about["recipe"]["warmup"] == 0.05

@@ -90,6 +90,8 @@ def listing(folder):
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     if not classes:
         raise ValueError(f"{folder} has no class folders (one folder of images a class is expected)")
+    if len(classes) == 1:
+        raise ValueError(f"{folder} has the class folder {classes[0]} only: nothing to tell apart, two are needed")
     items, start = [], len(str(folder)) + 1
     for label, name in enumerate(classes):
         for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
@@ -141,7 +143,7 @@ def decode(read, items, size, on_error, title):
                 i = min(bad)
                 raise ValueError(
                     f"{title}: {named[i][0]} cannot be read as an image: {bad[i]} "
-                    f"(on_error='skip' leaves such files out)"
+                    f"(on_error='skip', or --skip-broken, leaves such files out)"
                 ) from bad[i]
             keep = [i for i in range(len(named)) if i not in bad]
             labels = torch.tensor([named[i][1] for i in keep], dtype=torch.int64)

@@ -4,6 +4,7 @@
 called alone: counts and meters are here by name.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from vitlab.metrics.meters import (
     energy_per_image,
     latency,
     peak_memory,
+    training_step,
 )
 from vitlab.metrics.power import EnergyMeter
 from vitlab.metrics.predict import input_size, logits
@@ -25,7 +27,7 @@ from vitlab.utils.device import device_name, device_of, example
 __all__ = [
     "COLUMNS", "Accuracy", "Energy", "EnergyMeter", "Memory", "Timing", "accuracy", "compare", "device_name",
     "energy_per_image", "latency", "macs", "macs_by_module", "macs_by_part", "measure", "parameters", "peak_memory",
-    "ptflops_macs", "score", "show", "size_bytes", "throughput",
+    "ptflops_macs", "score", "show", "size_bytes", "throughput", "training_speed",
 ]
 
 
@@ -105,6 +107,20 @@ def throughput(model, shape, batch, *, device=None, dtype=None, seconds=2.0, war
     return batch / timing.median_s
 
 
+def training_speed(models, *, batch, seconds=1.0, device="cpu", dtype=None):
+    """{name: images a second} of forward and backward of whole models {name: model with a `config`}, in turns.
+
+    In turns, so that they share any noise; without dropout, whose time is the same in all.
+    """
+    steps = {}
+    for name, model in models.items():
+        config = model.to(device).eval().config
+        shape = config.in_chans, config.image_size, config.image_size
+        steps[name] = training_step(model, example(model, shape, batch))
+    timed = compare(steps, device=device, dtype=dtype, warmup=2, seconds=seconds, min_runs=3)
+    return {name: batch / t.median_s for name, t in timed.items()}
+
+
 @dataclass(frozen=True)
 class Column:
     """How a column of a row is shown: value * scale, in `unit`, `digits` decimals; which way is `better`."""
@@ -159,8 +175,13 @@ def measure(model, data=None, *, split="test", scores=None, shape=None, device=N
 
     Beside COLUMNS: device (name), dtype, threads, shape, n (images judged), and not_measured, the reasons for
     None. peak_mb is weights + input + activations of one pass at `batch`; 1 MB is 1e6 bytes. ValueError when
-    the shape cannot be known, and as in `accuracy`.
+    the shape cannot be known, for a batch below 1 or seconds that are not above 0 and finite, and as in `accuracy`.
     """
+    for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: a time above 0 is needed, in seconds")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch={batch!r}: a whole number of images, at least 1, is needed")
     if device is not None:
         model.to(device)
     device = device_of(model)

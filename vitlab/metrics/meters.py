@@ -5,6 +5,7 @@ are already on the device, so no figure includes data loading.
 """
 
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -53,12 +54,15 @@ def compare(functions, example=None, *, device=None, dtype=None, warmup=5, secon
 
     Round-robin, the order turned by one each round, so that clock drift and noisy neighbours hit all alike.
     Each is called with `example` (a tensor or a tuple of them; None: no argument), `warmup` times unmeasured,
-    then until it has had `seconds` seconds and `min_runs` runs. Modules are put into eval mode; a function
-    that wraps one must see to that itself. CUDA: events around one run on an idle device, launch overhead
-    included. CPU: perf_counter_ns.
+    then until it has had `seconds` seconds and `min_runs` runs. Modules are put into eval mode; a function that
+    wraps one must see to that itself. CUDA: events around one run on an idle device, launch overhead included.
+    CPU: perf_counter_ns. ValueError for nothing to time, below one run, or seconds below 0 or not finite.
     """
-    if not functions or min_runs < 1 or warmup < 0:
-        raise ValueError(f"need functions, min_runs >= 1, warmup >= 0; got {functions}, {min_runs}, {warmup}")
+    if not functions or min_runs < 1 or warmup < 0 or not 0 <= seconds < math.inf:
+        raise ValueError(
+            f"timing needs functions, min_runs >= 1, warmup >= 0 and finite seconds >= 0; got {list(functions)}, "
+            f"min_runs={min_runs}, warmup={warmup}, seconds={seconds}"
+        )
     device, inputs, names = _device(example, device), _inputs(example), list(functions)
     clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     spent = {name: [] for name in names}
@@ -73,6 +77,21 @@ def compare(functions, example=None, *, device=None, dtype=None, warmup=5, secon
                 spent[name].append(clock(functions[name], inputs))
             names.append(names.pop(0))
     return {name: _timing(spent[name]) for name in functions}
+
+
+def training_step(model, images, inputs=False):
+    """A function that runs `model` on `images` forward and back once, for meters, which run in inference mode.
+
+    The loss is the sum of the output; `inputs`: with the gradient of the images too.
+    """
+    images = images.detach().clone().requires_grad_(inputs)
+    wanted = [*model.parameters(), *[images] * inputs]
+
+    def step():
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.autograd.grad(model(images).sum(), wanted)
+
+    return step
 
 
 def latency(function, example=None, *, device=None, dtype=None, warmup=5, seconds=1.0, min_runs=10):
@@ -97,9 +116,7 @@ def _cuda_seconds(function, inputs):
 
 
 def _timing(seconds):
-    if len(seconds) == 1:
-        return Timing(*seconds * 3, 1)
-    q25, median, q75 = statistics.quantiles(seconds, n=4, method="inclusive")
+    q25, median, q75 = statistics.quantiles(seconds * (2 if len(seconds) == 1 else 1), n=4, method="inclusive")
     return Timing(median, q25, q75, len(seconds))
 
 

@@ -1,106 +1,118 @@
-"""`vitlab train | evaluate | measure`: the study's models, loop and measuring stick on the command line.
+"""What the commands of `vitlab` do; each takes the parsed options and returns the exit code."""
 
-Only the standard library is imported at the top, as in `vitlab.cli`.
-"""
-
-import argparse
 import dataclasses
-from pathlib import Path
+import difflib
+import signal
+import sys
+import warnings
 
-ATTENTIONS = ("softmax", "linear", "ripple", "hydra")
 STATE = ".training"  # appended to the checkpoint's name: what a stopped run goes on from
-
-TRAIN_HELP = """\
-Train a ViT as the linear-attention project does (S4/baseline in vitlab/zoo.py: AdamW, cosine, smoothing, mixup;
-10 of 200 epochs are warm-up, in that proportion for other lengths), with any of four attentions."""
+INTERRUPTED_CODE, BUDGET_CODE = 130, 75
 
 
-def add(commands):
-    """Add the three sub-commands to the parser of `vitlab`."""
-    add_train(commands)
-    add_evaluate(commands)
-    add_measure(commands)
+def run(options):
+    """Run what the options ask for."""
+    from vitlab.run import notebooks, runner
+    from vitlab.utils import threads
+
+    threads.wait_passively()  # kernels, too: they get this process's environment
+    project = notebooks.project(options.project)
+    if options.list:
+        print(listing(project))
+        return 0
+    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
+    print(f"preset {preset}: {why}", flush=True)
+    given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
+    jobs = runner.plan(project, preset, options.only, options.seeds, given)
+    print(threads.choose(options.jobs), flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout, options.jobs)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED_CODE
+    print("\n" + runner.summary(project, jobs, outcomes), flush=True)
+    code = runner.exit_code(outcomes)
+    if any(o.status in (runner.PAUSED, runner.WAITING) for o in outcomes):
+        without = "" if options.resume else ", without --fresh,"
+        print(f"\nThe budget is spent; the same command{without} goes on from here.", flush=True)
+    return code
 
 
-def add_train(commands):
-    sub = commands.add_parser("train", help="train a ViT", description=TRAIN_HELP, allow_abbrev=False,
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    sub.add_argument("--attention", choices=ATTENTIONS, default="softmax", help="the attention of every block")
-    sub.add_argument("--dataset", default="cifar100", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
-    for name, kind, default, text in (
-        ("epochs", int, 200, "passes over the training images"), ("batch-size", int, 128, "images a step"),
-        ("lr", float, 3e-4, "peak learning rate"), ("dim", int, 384, "width"), ("depth", int, 12, "blocks"),
-        ("heads", int, 6, "heads"), ("patch-size", int, 4, "pixels"), ("image-size", int, 32, "pixels"),
-        ("seed", int, 0, "seed of everything random"),
-    ):  # fmt: skip
-        sub.add_argument(f"--{name}", type=kind, default=default, help=text)
-    # no defaults here: given with another attention they are a mistake
-    sub.add_argument("--ripple-stages", type=int, default=argparse.SUPPRESS, help="1 to 4 (published: 3)")
-    sub.add_argument("--hydra-branches", type=int, default=argparse.SUPPRESS, help="1 to 8 (published: 4)")
-    sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
-    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
-    sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
-    sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.set_defaults(action=train)
+def listing(project):
+    """The notebooks, and where each preset stands, as text."""
+    from vitlab.run import notebooks, runner
+
+    presets = notebooks.presets(project.source)
+    standing = {(job.notebook.stem, preset): runner.standing(project, job)
+                for preset in presets for job in runner.plan(project, preset)}  # fmt: skip
+    lines = [(n.stem, *(standing[n.stem, p] for p in presets), n.title) for n in notebooks.find(project.source)]
+    return runner.columns([("notebook", *presets, "title"), *lines])
 
 
-def add_evaluate(commands):
-    sub = commands.add_parser("evaluate", help="accuracy, by class too, of a trained model", allow_abbrev=False)
-    _which(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
-    sub.set_defaults(action=evaluate)
+def report(options):
+    """Write README's computed parts, RESULTS.md and CLAIMS.md, or say which of them are stale."""
+    from vitlab.run import notebooks, report
+
+    root = notebooks.project().source
+    changed = report.stale(root) if options.check else report.refresh(root)
+    for name in changed:
+        print(f"{name} is stale: run `vitlab report`" if options.check else f"{name} was written")
+    if not changed:
+        print("everything is up to date")
+    return int(options.check and bool(changed))
 
 
-def add_measure(commands):
-    sub = commands.add_parser("measure", help="size, operations, time, memory of a model", allow_abbrev=False)
-    _which(sub, required=False)
-    sub.add_argument("--timm", metavar="NAME", help="a model of timm's, with random weights, in place of a checkpoint")
-    sub.add_argument("--batch-size", type=int, default=256, help="images in a pass for throughput and memory")
-    sub.add_argument("--seconds", type=float, default=2.0, help="for each timing")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
-    sub.set_defaults(action=measure)
+def data(options):
+    """Load each data set (which fetches, checks and caches it) and print what is in it."""
+    from vitlab.data.datasets import load
 
+    for name in options.name:
+        found = load(name, root=options.root, on_error=_on_error(options))
+        parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
+        print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
+    return 0
 
-def _which(sub, required=True):
-    sub.add_argument("--checkpoint", type=Path, required=required, metavar="FILE", help="what `vitlab train` wrote")
-    sub.add_argument("--dataset", help="default: what the checkpoint was trained on" if required else
-                     "read accuracy on it, too (with --timm: its number of classes only)")  # fmt: skip
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-
-
-# ------------------------------------------------------------------------------------------- actions
 
 def train(options):
-    """Train as asked; the exit code. The model is written to --checkpoint, a description beside it (.json)."""
-    from vitlab.data import datasets as data
-    from vitlab.models import checkpoint, linear, vit
-    from vitlab.train.loop import BudgetSpent, fit
-    from vitlab.utils import files, rng
+    """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
+    from vitlab.utils import threads
+
+    threads.wait_passively()
+    from vitlab.data import datasets
+    from vitlab.models import checkpoint, linear
+    from vitlab.run import choices
+    from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
+    from vitlab.utils import rng
     from vitlab.utils.provenance import provenance
 
-    state = _fresh_or_resumed(options)
-    device = _device(options.device)
-    arguments = _attention_args(options)
-    recipe = _recipe(options)
-    found = data.load(options.dataset, device=device)
-    config = _config(options, arguments, found)
-    rng.seed_all(options.seed)
-    model = vit.ViT(config).to(device)
-    print(f"{options.attention} attention, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
+    state, device = _fresh_or_resumed(options), _device(options.device)
+    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
+    in_recipe = {f.name for f in dataclasses.fields(Recipe)}
+    recipe = choices.recipe({name: given.pop(name) for name in in_recipe & given.keys()})
+    make = choices.config(options, given)
+    data = datasets.load(options.dataset, device=device, on_error=_on_error(options))
+    if len(data.train) < recipe.batch and "batch_size" not in options.fields:
+        print(f"batch {len(data.train)} in place of {recipe.batch}, as there are no more training images")
+        recipe = dataclasses.replace(recipe, batch=len(data.train))
+    config = make(data)
+    rng.seed_all(recipe.seed)
+    model = config.build().to(device)
+    print(threads.choose())
+    print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
     logs = options.logs or options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
     if not options.resume:
-        _graph(vit.ViT(config), logs)
+        _graph(config.build(), logs)
     try:
-        history = fit(model, found, recipe, checkpoint=state, tensorboard=logs, name=options.attention)
+        history = fit(model, data, recipe, checkpoint=state, tensorboard=logs, name=options.model)
     except BudgetSpent as stop:
         print(f"{stop}; --resume goes on")
-        return 75
-    checkpoint.save(model, options.checkpoint)
-    files.write_json(options.checkpoint.with_name(f"{options.checkpoint.name}.json"),
-                     {"dataset": options.dataset, "data": found.key, "recipe": files.plain(recipe),
-                      "config": files.plain(config), "history": history.rows} | provenance(device))  # fmt: skip
+        return BUDGET_CODE
+    except NotFinite as error:
+        raise ValueError(str(error)) from error
+    about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
+    checkpoint.save(model, options.checkpoint, about | provenance(device))
     state.unlink(missing_ok=True)
     print(f"{options.checkpoint}: {len(history)} epochs in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
@@ -108,6 +120,8 @@ def train(options):
 
 def evaluate(options):
     """Accuracy on the test images, overall and by class: printed, and results.json, confusion.png/.pdf in --out."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file; give the name of a folder")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,14 +131,15 @@ def evaluate(options):
     from vitlab.utils.provenance import provenance
 
     device = _device(options.device)
-    model, found = _model(options.checkpoint, device), _data(options, device)
-    _same_classes(model, found)
-    score = stick.accuracy(model, found.test, mean=found.mean, std=found.std, num_classes=found.num_classes)
+    model, data = _model_and_data(options, device)
+    if data is None:
+        raise ValueError(f"{options.checkpoint} does not tell what it was trained on: give --dataset")
+    score = stick.accuracy(model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes)
     plots.theme()
-    title = f"{options.checkpoint.stem} on {found.name}, test images"
-    plots.save(plots.confusion(score.confusion, found.classes, title=title), options.out / "confusion")
-    by_class = dict(zip(found.classes, score.per_class))
-    result = dataclasses.asdict(score) | {"per_class": by_class, "dataset": found.name, "data": found.key,
+    title = f"{options.checkpoint.stem} on {data.name}, test images"
+    plots.save(plots.confusion(score.confusion, data.classes, title=title), options.out / "confusion")
+    by_class = dict(zip(data.classes, score.per_class))
+    result = dataclasses.asdict(score) | {"per_class": by_class, "dataset": data.name, "data": data.key,
                                           "checkpoint": options.checkpoint.name}  # fmt: skip
     files.write_json(options.out / "results.json", result | provenance(device))
     top5 = f", top-5 {score.top5:.2f} %" if score.top5 is not None else ""
@@ -139,27 +154,23 @@ def evaluate(options):
 
 
 def measure(options):
-    """Print the row of `vitlab.metrics.measure.measure` for a checkpoint or a timm model; the exit code."""
+    """Print the row of `vitlab.metrics.measure.measure` for a checkpoint or a timm model."""
+    if (options.checkpoint is None) == (options.timm is None):
+        raise ValueError("measure needs either --checkpoint FILE or --timm NAME")
+    if options.out and options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder; give the name of a file")
     from vitlab.metrics import measure as stick
     from vitlab.utils import files
     from vitlab.utils.provenance import provenance
 
-    if (options.checkpoint is None) == (options.timm is None):
-        raise ValueError("measure needs either --checkpoint FILE or --timm NAME")
     device = _device(options.device)
-    found = _data(options, device) if options.dataset else None
-    settings = {"device": device, "batch": options.batch_size, "seconds": options.seconds}
-    if options.timm:
-        model, shape = _timm(options.timm, found)
-        # its weights are random: an accuracy would only be chance
-        row = stick.measure(model.to(device), shape=shape, **settings)
-    else:
-        model = _model(options.checkpoint, device)
-        if found:
-            _same_classes(model, found)
-        config = model.config
-        row = stick.measure(model, found, shape=(config.in_chans, config.image_size, config.image_size), **settings)
-    row = {"model": options.timm or options.checkpoint.name, "dataset": found and found.name} | row
+    model, data = _timm(options) if options.timm else _model_and_data(options, device, default=False)
+    model.to(device)
+    shape = tuple(model.pretrained_cfg["input_size"]) if options.timm else _shape(model.config)
+    # a timm model's weights are random: an accuracy would only be chance
+    row = stick.measure(model, None if options.timm else data, shape=shape, batch=options.batch_size,
+                        seconds=options.seconds)  # fmt: skip
+    row = {"model": options.timm or options.checkpoint.name, "dataset": data and data.name} | row
     for column, form in stick.COLUMNS.items():
         print(f"{form.label:>36}  {stick.show(row[column], column, unit=True)}")
     print(f"{'on':>36}  {row['device']}, {row['dtype']}")
@@ -184,6 +195,14 @@ def _device(name):
     return torch.device("cuda" if name != "cpu" and has else "cpu")
 
 
+def _on_error(options):
+    return "skip" if options.skip_broken else "raise"
+
+
+def _shape(config):
+    return config.in_chans, config.image_size, config.image_size
+
+
 def _fresh_or_resumed(options):
     """The path of the training state; errors where --resume does not fit what is there."""
     state = options.checkpoint.with_name(options.checkpoint.name + STATE)
@@ -197,94 +216,44 @@ def _fresh_or_resumed(options):
     return state
 
 
-def _attention_args(options):
-    """{name: value} for the attention class; an option of another attention is a ValueError."""
-    found = {}
-    for option, attention, name in (("ripple_stages", "ripple", "stages"), ("hydra_branches", "hydra", "branches")):
-        if hasattr(options, option):
-            if options.attention != attention:
-                raise ValueError(f"--{option.replace('_', '-')} needs --attention {attention}, not {options.attention}")
-            found[name] = getattr(options, option)
-    if options.no_kernels:
-        if options.attention == "softmax":
-            raise ValueError("--no-kernels is for linear, ripple and hydra attention; softmax has none of our kernels")
-        found["kernels"] = "off"
-    return found
-
-
-def _recipe(options):
-    from vitlab.study import zoo
-
-    published = zoo.get("S4/baseline").recipe
-    warmup = published.warmup * options.epochs / published.epochs
-    return dataclasses.replace(published, epochs=options.epochs, batch=options.batch_size, lr=options.lr,
-                               warmup=warmup, seed=options.seed)  # fmt: skip
-
-
-def _config(options, arguments, data):
-    from vitlab.study import zoo
-
-    published = zoo.get("S4/baseline").config
-    return dataclasses.replace(
-        published, image_size=options.image_size, patch_size=options.patch_size, dim=options.dim, depth=options.depth,
-        heads=options.heads, mlp_dim=None, num_classes=data.num_classes, attention=options.attention,
-        attention_args=tuple(arguments.items()),
-    )  # fmt: skip
-
-
 def _graph(model, folder):
     """Write the model's graph for TensorBoard; a model that cannot be traced costs its graph, not the run."""
-    import warnings
-
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
-    config = model.config
     with SummaryWriter(folder) as writer, warnings.catch_warnings():
         # the trace is only drawn, never run on other shapes
         for kind in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
         try:
-            image = torch.zeros(1, config.in_chans, config.image_size, config.image_size)
-            writer.add_graph(model.eval(), image)
+            writer.add_graph(model.eval(), torch.zeros(1, *_shape(model.config)))
         except RuntimeError as problem:
             print(f"no model graph for TensorBoard: {str(problem).splitlines()[0]}")
 
 
-def _model(path, device):
+def _model_and_data(options, device, default=True):
+    """The checkpoint's model and the data set asked for; by default the one that it was trained on; else None."""
+    from vitlab.data import datasets
     from vitlab.models import checkpoint
 
-    return checkpoint.load(path, device)
-
-
-def _data(options, device):
-    """The data set asked for, else the one that the checkpoint was trained on."""
-    from vitlab.data import datasets as data
-    from vitlab.utils import files
-
-    name = options.dataset
+    model = checkpoint.load(options.checkpoint, device)
+    name = options.dataset or (checkpoint.read(options.checkpoint).about.get("dataset") if default else None)
     if not name:
-        described = options.checkpoint.with_name(f"{options.checkpoint.name}.json")
-        if not described.exists():
-            raise ValueError(f"{described} is not there to tell what the model was trained on: give --dataset")
-        name = files.read_json(described)["dataset"]
-    return data.load(name, device=device)
-
-
-def _same_classes(model, data):
+        return model, None
+    data = datasets.load(name, device=device, on_error=_on_error(options))
     if model.config.num_classes != data.num_classes:
-        raise ValueError(f"the model has {model.config.num_classes} classes, {data.name} has {data.num_classes}")
+        raise ValueError(f"{options.checkpoint} has {model.config.num_classes} classes, {name} has {data.num_classes}")
+    return model, data
 
 
-def _timm(name, data):
-    """(a timm model with random weights in eval mode, its shape C H W)."""
+def _timm(options):
+    """(a timm model with random weights in eval mode, the data set that gives its number of classes, or None)."""
     import timm
 
-    if name not in timm.list_models():
-        from difflib import get_close_matches
+    from vitlab.data import datasets
 
-        near = ", ".join(get_close_matches(name, timm.list_models(), n=3)) or "see timm.list_models()"
-        raise ValueError(f"--timm {name}: timm has no such model ({near})")
-    options = {"num_classes": data.num_classes} if data else {}
-    model = timm.create_model(name, **options).eval()
-    return model, tuple(model.pretrained_cfg["input_size"])
+    if options.timm not in timm.list_models():
+        near = ", ".join(difflib.get_close_matches(options.timm, timm.list_models(), n=3)) or "see timm.list_models()"
+        raise ValueError(f"--timm {options.timm}: timm has no such model ({near})")
+    data = datasets.load(options.dataset, on_error=_on_error(options)) if options.dataset else None
+    return timm.create_model(options.timm, **({"num_classes": data.num_classes} if data else {})).eval(), data

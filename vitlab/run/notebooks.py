@@ -1,24 +1,21 @@
-"""Notebook files: their parameters, presets, stamps, executed copies without machine paths, HTML."""
+"""Notebook files: where they are, their parameters and presets, what an executed one says of itself."""
 
 import ast
 import contextlib
 import hashlib
-import html
 import os
 import re
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from vitlab.utils.files import digest, write_text
+from vitlab.run import stamps
+from vitlab.run.execution import papermill_run
 
-PARAMETERS = "parameters"
-INJECTED = "injected-parameters"
-WIDGET = "application/vnd.jupyter.widget-view+json"
+PARAMETERS, INJECTED = "parameters", "injected-parameters"
+ADDED = {INJECTED, "papermill-error-cell-tag"}  # tags of the cells that papermill puts in
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,15 @@ class Project:
 class Notebook:
     """What has to be known of a notebook before it runs.
 
-    `parameters` maps each name in its cell tagged `parameters` to the default. `reads` names the
-    notebooks whose rows it reads (metadata `{"vitlab": {"reads": ["*"]}}`; "*" is every other): it runs
-    after them, and their rows are among its inputs.
+    `parameters` maps each name in its cell tagged `parameters` to the default, `code` holds the sources of its code
+    cells. `reads` names the notebooks whose rows it reads (metadata `{"vitlab": {"reads": ["*"]}}`; "*" is every
+    other): it runs after them, and their rows are among its inputs.
     """
 
     path: Path
     title: str
     parameters: dict
+    code: tuple[str, ...]
     reads: tuple[str, ...]
     source_sha256: str
 
@@ -73,10 +71,16 @@ def find(source):
 def inspect(path):
     """The Notebook in the file `path`; ValueError where its parameters cannot be read off the source."""
     node = nbformat.read(path, as_version=4)
-    heading = next((text for kind, text in source_cells(node) if kind == "markdown" and text.strip()), "")
-    title = heading.strip().splitlines()[0].lstrip("# ").strip() if heading else Path(path).stem
-    reads = tuple(node.metadata.get("vitlab", {}).get("reads", ()))
-    return Notebook(Path(path), title, defaults(node, Path(path).name), reads, source_sha256(node))
+    cells = source_cells(node)
+    heading = next((text.strip() for kind, text in cells if kind == "markdown" and text.strip()), Path(path).stem)
+    return Notebook(
+        path=Path(path),
+        title=heading.splitlines()[0].lstrip("# ").strip(),
+        parameters=defaults(node, Path(path).name),
+        code=tuple(text for kind, text in cells if kind == "code"),
+        reads=tuple(node.metadata.get("vitlab", {}).get("reads", ())),
+        source_sha256=hashlib.sha256(repr(cells).encode()).hexdigest(),
+    )
 
 
 def defaults(node, name="notebook"):
@@ -96,15 +100,27 @@ def defaults(node, name="notebook"):
     return found
 
 
-def source_sha256(node):
-    """SHA-256 of a notebook's own cells; outputs, ids and cells that papermill put in do not count."""
-    return hashlib.sha256(repr(source_cells(node)).encode()).hexdigest()
-
-
 def source_cells(node):
     """[(type, source)] of the cells somebody wrote."""
-    added = {INJECTED, "papermill-error-cell-tag"}
-    return [(c.cell_type, c.source) for c in node.cells if not added & set(c.metadata.get("tags", ()))]
+    return [(c.cell_type, c.source) for c in node.cells if not ADDED & set(c.metadata.get("tags", ()))]
+
+
+# ------------------------------------------------------------------------------------------- presets
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is everywhere else (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                              list("-+0123456789"))  # fmt: skip
+
+
+def read_yaml(text, where):
+    """The value of a YAML text; ValueError in one line that begins with `where`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: {text.strip()[:60]!r} is no YAML ({getattr(error, 'problem', error)})") from error
 
 
 def presets(source):
@@ -121,7 +137,7 @@ def preset_parameters(source, preset, notebooks):
     if preset not in presets(source):
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(presets(source)) or 'none'}")
     file = f"presets/{preset}.yaml"
-    sections = yaml.safe_load((Path(source) / file).read_text(encoding="utf-8")) or {}
+    sections = read_yaml((Path(source) / file).read_text(encoding="utf-8"), file) or {}
     common = sections.pop("common", None) or {}
     stems = [n.stem for n in notebooks]
     if strange := sorted(set(sections) - set(stems)):
@@ -154,143 +170,37 @@ def check_parameters(notebook, values, where=""):
 
 
 def _fits(value, default):
-    if value is None or default is None:
+    if value is None or default is None or (isinstance(default, float) and type(value) is int):
         return True
-    if isinstance(default, float) and type(value) is int:
-        return True
-    if isinstance(default, (list, tuple)):
-        return isinstance(value, (list, tuple))
-    return type(value) is type(default)
+    return type(value) is type(default) or (isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)))
 
 
-def package_digest(folder=None):
-    """A digest of every source file of the package: what an executed notebook depends on besides itself."""
-    here = Path(folder or Path(__file__).parents[1])
-    files = sorted(p for p in here.rglob("*") if p.suffix in {".py", ".toml"})
-    return digest({str(p.relative_to(here)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
+def prepare(source, folder, preset="tiny"):
+    """Copies of all notebooks in `folder` with the preset's parameters put in; their paths.
+
+    nbval runs notebooks as they are, so papermill writes the parameters into them beforehand.
+    """
+    found, folder = find(source), Path(folder)
+    values = preset_parameters(source, preset, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook in found:
+        papermill_run(notebook.path, folder / notebook.path.name, values[notebook.stem], prepare_only=True)
+    return [folder / n.path.name for n in found]
 
 
-def inputs_digest(job_project, preset, notebook, parameters, notebooks):
-    """What decides whether a finished run still stands: source, parameters, package, rows that are read."""
-    others = [n.stem for n in notebooks if n.stem != notebook.stem]
-    read = [stem for stem in others if "*" in notebook.reads or stem in notebook.reads]
-    rows = [p for stem in read for p in job_project.rows(preset, stem)]
-    hashes = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in rows}
-    return digest([notebook.source_sha256, parameters, package_digest(), hashes], length=64)
+# ------------------------------------------------------------------------------------ executed copies
 
-
-def stamp(path):
-    """The stamp in the executed notebook `path`, or {} where there is none."""
+def marks(path):
+    """What the executed notebook `path` says of its run, or {} where there is none."""
     with contextlib.suppress(FileNotFoundError, ValueError, nbformat.reader.NotJSONError):
         return dict(nbformat.read(path, as_version=4).metadata.get("vitlab", {}))
     return {}
 
 
-def machine_paths(job_project):
-    """[(path, replacement)] for what must not leave this machine, the longest paths first."""
-    pairs = [(Path(sys.prefix), "<env>"), (Path(tempfile.gettempdir()), "<tmp>"), (Path.home(), "~")]
-    pairs += [(Path(sys.base_prefix), "<python>")]
-    if data := os.environ.get("VITLAB_DATA"):
-        pairs.append((Path(data), "$VITLAB_DATA"))
-    # last, and so kept where two are the same folder
-    pairs += [(job_project.source, "."), (job_project.root, ".")]
-    every = {str(p): name for path, name in pairs for p in (path.absolute(), path.resolve())}
-    return sorted(((p, n) for p, n in every.items() if p != "/"), key=lambda pair: -len(pair[0]))
-
-
-def clean_text(text, paths):
-    """`text` without machine paths, kernel temporary file names and overwritten progress lines."""
-    for path, name in paths:
-        # a path may follow a colour code (ESC[32m/home/...), but not the end of another path
-        start = r"(?:(?<![\w.~-])|(?<=\dm))" + re.escape(path)
-        inside = "" if name == "." else f"{name}/"
-        text = re.sub(start + "/", lambda _, to=inside: to, text)
-        text = re.sub(start + r"(?![\w-]|\.\w)", lambda _, to=name: to, text)
-    text = re.sub(r"(<tmp>/|/tmp/)?ipykernel_\d+/\d+\.py", "<cell>", text)
-    return re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", text)
-
-
-def _clean_value(value, paths):
-    if isinstance(value, str):
-        return clean_text(value, paths)
-    if isinstance(value, dict):
-        # base64 of a picture holds no path, and is long
-        return {k: v if k.startswith("image/") and "svg" not in k else _clean_value(v, paths)
-                for k, v in value.items()}
-    return [_clean_value(v, paths) for v in value] if isinstance(value, list) else value
-
-
-def _joined(outputs):
-    """Outputs with the pieces of one stream, which arrive print by print, put together."""
-    joined = []
-    for output in outputs:
-        last = joined[-1] if joined else {}
-        if output.output_type == "stream" and output.name == last.get("name"):
-            last["text"] += output.text
-        else:
-            joined.append(dict(output))
-    return joined
-
-
-def clean(node, job_project):
-    """A copy of the executed notebook fit to be published: no machine paths, widgets or run metadata."""
-    paths, cells = machine_paths(job_project), []
-    for number, cell in enumerate(node.cells):
-        cell = nbformat.from_dict(cell)
-        tags = list(cell.metadata.get("tags", ()))
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        if INJECTED in tags:
-            cell.source = clean_text(cell.source, paths)
-        if set(tags) & {INJECTED, "papermill-error-cell-tag"}:
-            cell.id = f"added-{number}"
-        if cell.cell_type == "code":
-            shown = [o for o in _joined(cell.outputs) if WIDGET not in o.get("data", {})]
-            cell.outputs = [nbformat.from_dict(_clean_value(o, paths)) for o in shown]
-        cells.append(cell)
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    result = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    result.metadata.language_info = {"name": "python"}
-    return result
-
-
-def save(node, path, marks):
-    """Write the notebook with its stamp `marks` to `path`, whole or not at all."""
-    node.metadata["vitlab"] = marks
-    write_text(path, nbformat.writes(node, version=4) + "\n")
-
-
-def render(path):
-    """Write site/<name>.html beside the executed notebook `path`, pictures inside; its path.
-
-    Only equations need a network when the page is read (MathJax); nothing does when it is made.
-    """
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
-
-    page = "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"
-    exporter = HTMLExporter(
-        template_name="lab", embed_images=True, template_file="page.html.j2",
-        extra_loaders=[DictLoader({"page.html.j2": page})],
-    )
-    body, _ = exporter.from_filename(str(path))
-    write_text(path.parent / "site" / f"{path.stem}.html", body)
-    return path.parent / "site" / f"{path.stem}.html"
-
-
-def render_index(folder):
-    """Write site/index.html: the executed notebooks in `folder` with title, status and wall time."""
-    lines = []
-    for path in sorted(folder.glob("*.ipynb")):
-        found, marks = inspect(path), stamp(path)
-        name = html.escape(f"{path.stem}: {found.title}")
-        page = folder / "site" / f"{path.stem}.html"
-        link = f'<a href="{page.name}">{name}</a>' if page.exists() else name
-        lines.append(f"<tr><td>{link}</td><td>{marks.get('status')}</td><td>{marks.get('wall_s')} s</td>"
-                     f"<td>{html.escape(str(marks.get('device')))}</td><td>{marks.get('commit')}</td></tr>")
-    head = "".join(f"<th>{h}</th>" for h in ("notebook", "status", "wall time", "device", "commit"))
-    title = f"vitlab, preset {folder.name}"
-    style = "body{font-family:sans-serif;margin:2em}td,th{text-align:left;padding:.3em 1em}"
-    write_text(folder / "site" / "index.html",
-               f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-               f"<style>{style}</style><h1>{title}</h1>"
-               f"<table><tr>{head}</tr>{''.join(lines)}</table></html>\n")
+def stamp(project, preset, notebook, parameters):
+    """The stamp that a run of `notebook` would get: code, parameters, and the rows of others that it reads."""
+    read = [n for n in sorted(project.source.glob("notebooks/[0-9][0-9]_*.ipynb")) if n.stem != notebook.stem
+            and ("*" in notebook.reads or n.stem in notebook.reads)]  # fmt: skip
+    rows = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()
+            for n in read for p in project.rows(preset, n.stem)}  # fmt: skip
+    return stamps.stamp(notebook.code, parameters, rows)

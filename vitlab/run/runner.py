@@ -1,21 +1,26 @@
-"""Run the notebooks: preset, order, resume, budget, executed copies, summary."""
+"""Run the notebooks: preset, order, resume, budget, side by side, executed copies, summary."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 
 from vitlab.run import notebooks as nb
-from vitlab.run.execution import environment, execute
+from vitlab.run import publish, stamps
+from vitlab.run.execution import environment, execute, send
 
 DONE, SKIPPED, PAUSED, FAILED, WAITING = "done", "up to date", "paused", "failed", "not started"
 PAUSED_CODE, FAILED_CODE = 75, 1
@@ -31,6 +36,9 @@ class Job:
     preset: str
     parameters: dict
 
+    def stamp(self, project):
+        return nb.stamp(project, self.preset, self.notebook, self.parameters)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,6 +48,21 @@ class Outcome:
     status: str
     wall_s: float | None = None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which terms jobs run: `fresh` trains arms again; training ends by `deadline`, everything by `limit` (unix
+    times), a notebook after `timeout` seconds; `width` of them run side by side. `kernels` lists those at work, and
+    once `stopped` is set what they leave is not kept."""
+
+    fresh: bool = False
+    deadline: float | None = None
+    limit: float | None = None
+    timeout: float | None = None
+    width: int = 1
+    kernels: list = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 @functools.cache
@@ -66,6 +89,8 @@ def choose_preset(project):
     return "tiny", f"{device} is here, but CIFAR is neither under {where} nor can it be downloaded"
 
 
+# ---------------------------------------------------------------------------------------------- plan
+
 def select(found, only=None):
     """The notebooks that `only` names (numbers such as "01", or whole names), in running order."""
     if not only:
@@ -82,16 +107,20 @@ def plan(project, preset, only=None, seeds=None, overrides=None):
     if not found:
         return []
     values = nb.preset_parameters(project.source, preset, found)
-    chosen = select(found, only)
+    chosen, overrides = select(found, only), dict(overrides or {})
     if seeds is not None and chosen and not any("seeds" in n.parameters for n in chosen):
         raise ValueError(f"none of {[n.stem for n in chosen]} has the parameter 'seeds'")
     jobs = []
     for notebook in chosen:
-        extra = dict(overrides or {})
+        extra = dict(overrides)
         if seeds is not None and "seeds" in notebook.parameters:
             extra["seeds"] = list(seeds)
         nb.check_parameters(notebook, extra)
         jobs.append(Job(notebook, preset, {**values[notebook.stem], **extra}))
+    if overrides.get("dataset") not in (None, "", "tiny"):
+        from vitlab.data import sources
+
+        sources.plan(overrides["dataset"], Path(os.environ.get("VITLAB_DATA") or sources.home()))
     return jobs
 
 
@@ -101,107 +130,126 @@ def executed_path(project, job, failed=False):
 
 
 def standing(project, job):
-    """"up to date", "stale", "failed" or "never run": whether a run of `job` would tell anything new."""
+    """How far the evidence for `job` stands: "up to date", "failed", "never run", or what it is instead."""
     if executed_path(project, job, failed=True).exists():
         return FAILED
-    marks = nb.stamp(executed_path(project, job))
-    if not marks:
+    if not (marks := nb.marks(executed_path(project, job))):
         return "never run"
-    rows = len(project.rows(job.preset, job.notebook.stem))
-    current = marks.get("inputs") == inputs(project, job) and marks.get("status") == DONE
-    return SKIPPED if current and rows >= marks.get("rows", 1) else "stale"
+    if stale := stamps.difference(marks.get("stamp"), job.stamp(project)):
+        return stale
+    complete = len(project.rows(job.preset, job.notebook.stem)) >= marks.get("rows", 1)
+    return SKIPPED if complete else "rows are missing"
 
 
-def inputs(project, job):
-    everyone = nb.find(project.source)
-    return nb.inputs_digest(project, job.preset, job.notebook, job.parameters, everyone)
+# ----------------------------------------------------------------------------------------------- run
 
-
-def run(project, jobs, resume=True, budget=None, timeout=None):
-    """Run `jobs` one after the other; [Outcome]. A failed one does not stop those after it.
+def run(project, jobs, resume=True, budget=None, timeout=None, width=1):
+    """Run `jobs`; [Outcome] in their order. A failed one does not stop the others.
 
     budget: seconds for all of them. Training stops between epochs as they end (its notebook is "paused"),
     nothing starts after them, and a cell that goes on regardless is interrupted.
     timeout: seconds for each notebook. resume=False runs what is up to date too, and retrains its arms.
+    width: so many kernels side by side. The seeds of a notebook are then trained each in a kernel of its own, before
+    the notebook runs as a whole, which finds them trained and measures them undisturbed.
     """
     limit = None if budget is None else time.time() + budget
     # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
     deadline = None if budget is None else limit - min(30, budget / 10)
-    outcomes = []
-    for position, job in enumerate(jobs):
-        stem = job.notebook.stem
-        if resume and standing(project, job) == SKIPPED:
-            outcomes.append(Outcome(stem, SKIPPED, note="--fresh runs it again"))
-            continue
-        if any(o.status == PAUSED for o in outcomes) or (limit is not None and time.time() >= deadline):
-            outcomes.append(Outcome(stem, WAITING, note="budget spent"))
-            continue
-        print(f"\n=== {stem} ({job.preset}), {position + 1} of {len(jobs)}", flush=True)
-        outcomes.append(run_one(project, job, not resume, deadline, limit, timeout))
-        last = outcomes[-1]
-        print(f"=== {stem}: {last.status}, {duration(last.wall_s)} {last.note}", flush=True)
-    for preset in {job.preset for job in jobs}:
-        if any(project.executed(preset).glob("*.ipynb")):
-            nb.render_index(project.executed(preset))
-    return outcomes
+    terms, paused = Terms(not resume, deadline, limit, timeout, width), threading.Event()
+
+    def one(position, terms=terms):
+        job, stem = jobs[position], jobs[position].notebook.stem
+        state = standing(project, job)
+        if resume and state == SKIPPED:
+            return Outcome(stem, SKIPPED, note="--fresh runs it again")
+        if paused.is_set() or (limit is not None and time.time() >= deadline):
+            return Outcome(stem, WAITING, note="budget spent")
+        print(f"\n=== {stem} ({job.preset}), {position + 1} of {len(jobs)}: {state}", flush=True)
+        outcome = run_one(project, job, terms)
+        if outcome.status == PAUSED:
+            paused.set()
+        print(f"=== {stem}: {outcome.status}, {duration(outcome.wall_s)} {outcome.note}", flush=True)
+        return outcome
+
+    if width == 1:
+        return [one(position) for position in range(len(jobs))]
+    parts = {p: _by_seed(job) for p, job in enumerate(jobs) if not (resume and standing(project, job) == SKIPPED)}
+    last = {p for p, job in enumerate(jobs) if job.notebook.reads or parts.get(p)}
+    with ThreadPoolExecutor(width) as pool:
+        try:
+            seeds = [pool.submit(run_one, project, part, terms, True) for found in parts.values() for part in found]
+            others = {p: pool.submit(one, p) for p in range(len(jobs)) if p not in last}
+            wait([*seeds, *others.values()])
+            # measured undisturbed, from arms that have been trained
+            alone = dataclasses.replace(terms, width=1, fresh=False)
+            found = {p: one(p, alone if parts.get(p) else terms) for p in sorted(last)}
+        except KeyboardInterrupt:
+            terms.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            send(terms.kernels, signal.SIGKILL)
+            raise
+    found |= {p: future.result() for p, future in others.items()}
+    return [found[p] for p in range(len(jobs))]
 
 
-def run_one(project, job, fresh=False, deadline=None, limit=None, timeout=None):
-    """Run one notebook and keep its executed copy; the Outcome. Only Ctrl-C (KeyboardInterrupt) gets out."""
-    scratch = project.root / ".state" / "run" / job.preset / f"{job.notebook.stem}.ipynb"
+def _by_seed(job):
+    """The job once for each of its seeds; [] where it has one only."""
+    seeds = job.parameters.get("seeds") or []
+    return [dataclasses.replace(job, parameters={**job.parameters, "seeds": [s]}) for s in seeds if len(seeds) > 1]
+
+
+def run_one(project, job, terms, part=False):
+    """Run one notebook and keep its executed copy; the Outcome. Only Ctrl-C (KeyboardInterrupt) gets out.
+
+    part: this is one seed of a notebook: what counts are the arms it trains, and no copy is kept.
+    """
+    stem = job.notebook.stem
+    label = f"{stem}-s{job.parameters['seeds'][0]}" if part else stem
+    scratch = project.root / ".state" / "run" / job.preset / f"{label}.ipynb"
     scratch.parent.mkdir(parents=True, exist_ok=True)
     scratch.unlink(missing_ok=True)
-    begun, before = time.time(), inputs(project, job)
-    ends = [m for m in (limit, timeout and begun + timeout) if m is not None]
-    with environment(project.root, deadline, fresh):
-        error, overran = execute(
-            job.notebook.path, scratch, job.parameters, project.root, min(ends, default=None)
-        )
+    begun, stamp = time.time(), job.stamp(project)
+    ends = [m for m in (terms.limit, terms.timeout and begun + terms.timeout) if m is not None]
+    env = environment(project.root, stamp, deadline=terms.deadline, fresh=terms.fresh, jobs=terms.width)
+    error, overran = execute(job.notebook.path, scratch, job.parameters, project.root, min(ends, default=None), env=env,
+                             prefix=f"{label} | " if terms.width > 1 else "", kernels=terms.kernels)  # fmt: skip
     wall = round(time.time() - begun, 1)
-    spent = overran and limit is not None and time.time() >= limit
-    if error and (error[0] == "BudgetSpent" or spent):
-        return Outcome(job.notebook.stem, PAUSED, wall, "budget spent")
+    spent = overran and terms.limit is not None and time.time() >= terms.limit
+    if terms.stopped.is_set() or (error and (error[0] == "BudgetSpent" or spent)):
+        return Outcome(stem, PAUSED, wall, "budget spent")
     if overran:
-        error = ("TimeoutError", f"stopped after {duration(timeout)} (--notebook-timeout)", "")
-    marks = {"status": FAILED if error else DONE, "inputs": before, "wall_s": wall}
-    marks |= _marks(project, job)
-    if scratch.exists():
-        _publish(project, job, scratch, marks)
+        error = ("TimeoutError", f"stopped after {duration(terms.timeout)} (--notebook-timeout)", "")
+    if scratch.exists() and not part:
+        _publish(project, job, scratch, {"status": FAILED if error else DONE, "stamp": stamp, "wall_s": wall})
     if error:
-        _complain(error[2] or f"{error[0]}: {error[1]}")
-        return Outcome(job.notebook.stem, FAILED, wall, f"{error[0]}: {_first_line(error[1])}")
-    return Outcome(job.notebook.stem, DONE, wall)
+        text = error[2] or f"{error[0]}: {error[1]}"
+        plain = text if sys.stderr.isatty() else re.sub(r"\x1b\[[\d;]*m", "", text)
+        print(plain, file=sys.stderr, flush=True)
+        first_line = (error[1].strip().splitlines() or [""])[0][:120]
+        return Outcome(stem, FAILED, wall, f"{error[0]}: {first_line}")
+    return Outcome(stem, DONE, wall)
 
 
-def _complain(text):
-    plain = text if sys.stderr.isatty() else re.sub(r"\x1b\[[\d;]*m", "", text)
-    print(plain, file=sys.stderr, flush=True)
+def _publish(project, job, scratch, said):
+    """Keep the executed copy, with what ran, from which code, on what, and how that went (`said`)."""
+    from vitlab.utils.provenance import provenance
 
-
-def _publish(project, job, scratch, marks):
-    node = nb.clean(nbformat.read(scratch, as_version=4), project)
-    failed = marks["status"] == FAILED
-    nb.save(node, executed_path(project, job, failed), marks)
+    origin = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
+    said |= {name: origin[name] for name in ("commit", "dirty", "versions", "finished")} | {
+        "device": cuda_device() or origin["device"], "source_sha256": job.notebook.source_sha256,
+        "preset": job.preset, "parameters": json.loads(json.dumps(job.parameters)),
+        "rows": len(project.rows(job.preset, job.notebook.stem)),
+    }  # fmt: skip
+    failed = said["status"] == FAILED
+    node = publish.clean(nbformat.read(scratch, as_version=4), project)
+    publish.save(node, executed_path(project, job, failed), said)
     if not failed:
         executed_path(project, job, failed=True).unlink(missing_ok=True)
-        nb.render(executed_path(project, job))
+        publish.render(executed_path(project, job))
     scratch.unlink()
 
 
-def _marks(project, job):
-    """The rest of an executed notebook's stamp: what ran, with which parameters, from which code, on what."""
-    from vitlab.utils.provenance import provenance
-
-    marks = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
-    marks.pop("cuda", None)
-    return marks | {
-        "device": cuda_device() or marks["device"],
-        "source_sha256": job.notebook.source_sha256,
-        "preset": job.preset,
-        "parameters": json.loads(json.dumps(job.parameters)),
-        "rows": len(project.rows(job.preset, job.notebook.stem)),
-    }
-
+# ------------------------------------------------------------------------------------------- summary
 
 def exit_code(outcomes):
     """0 all well, 1 some failed, 75 paused or not started for want of time."""
@@ -221,18 +269,18 @@ def duration(seconds):
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _first_line(text):
-    return (str(text).strip().splitlines() or [""])[0][:120]
-
-
 def summary(project, jobs, outcomes):
     """The table at the end: notebook, status, wall time, where its outputs are."""
     lines = [("notebook", "status", "time", "outputs")]
     for job, outcome in zip(jobs, outcomes, strict=True):
-        where = _outputs(project, job, outcome)
-        lines.append((outcome.stem, outcome.status, duration(outcome.wall_s), where))
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in lines)
+        lines.append((outcome.stem, outcome.status, duration(outcome.wall_s), _outputs(project, job, outcome)))
+    return columns(lines)
+
+
+def columns(lines):
+    """Lines of cells as text, all but the last column padded."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[-1]]) for line in lines)
 
 
 def _outputs(project, job, outcome):

@@ -99,7 +99,7 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     data = data.to(device)
     if len(data.train) < recipe.batch:
         raise ValueError(f"batch={recipe.batch} is larger than the {len(data.train)} training images")
-    run = _Run(model, data, recipe, objective, device)
+    run = _Run(model, data, recipe, objective, device, checkpoint)
     history = History()
     rng.seed_all(recipe.seed)
     state = TrainingState(checkpoint, recipe, run, on_epoch)
@@ -136,8 +136,9 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
 class _Run:
     """What stays the same over the epochs of one run."""
 
-    def __init__(self, model, data, recipe, objective, device):
-        self.model, self.data, self.recipe, self.objective, self.device = model, data, recipe, objective, device
+    def __init__(self, model, data, recipe, objective, device, checkpoint):
+        self.model, self.data, self.recipe, self.objective = model, data, recipe, objective
+        self.device, self.checkpoint = device, checkpoint
         self.dtype = recipe.torch_dtype(device)
         self.size = input_size(model, data.image_size)
         self.augment = Augment(recipe.augment, mean=data.mean)
@@ -227,12 +228,14 @@ class _Run:
         return loss.detach(), logs
 
     def stop(self, epoch, step, losses):
-        before = losses[max(0, step - 3) : step].tolist()
+        before, recipe = losses[max(0, step - 3) : step].tolist(), self.recipe
+        clip = "" if recipe.clip and recipe.clip <= 1 else f", clip=1.0 (now {recipe.clip})"
+        kept = self.checkpoint and os.path.exists(self.checkpoint)
         raise NotFinite(
             f"the loss became {losses[step].item()} at epoch {epoch + 1}, step {step + 1} of {self.steps} "
-            f"(before it: {', '.join(f'{v:.3g}' for v in before) or 'nothing'}). Try a lower lr (now "
-            f"{self.recipe.lr:g}), more warmup (now {self.recipe.warmup:g} epochs), clip=1.0 (now {self.recipe.clip}) "
-            f"or dtype='float32'. The last good checkpoint is kept."
+            f"(before it: {', '.join(f'{v:.3g}' for v in before) or 'nothing'}). Try a lower lr (now {recipe.lr:g}), "
+            f"more warmup (now {recipe.warmup:g} epochs){clip}{' or float32' * (self.dtype != torch.float32)}."
+            f"{f' The last good state is in {self.checkpoint}.' if kept else ''}"
         )
 
 

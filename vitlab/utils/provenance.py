@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -15,9 +16,10 @@ PACKAGES = ("vitlab", "torch", "torchvision", "timm", "ptflops", "numpy")
 
 
 def provenance(device):
-    """{"commit", "dirty", "versions", "device", "finished"}: plain data to stand in a row.
+    """{"stamp", "jobs", "commit", "dirty", "versions", "device", "finished"}: plain data to stand in a row.
 
-    `dirty` says that the package, notebooks or presets had changes that were not committed (None: no git).
+    `stamp` is that of the notebook's run (see vitlab/run/stamps.py), None outside `vitlab run`; `jobs` of them ran side
+    by side. `dirty` says that the package, notebooks or presets had changes that were not committed (None: no git).
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -25,6 +27,8 @@ def provenance(device):
             versions[name] = metadata.version(name)
     changed = _git("status", "--porcelain", "--", "vitlab", "notebooks", "presets")
     return {
+        "stamp": os.environ.get("VITLAB_STAMP"),
+        "jobs": int(os.environ.get("VITLAB_JOBS", 1)),
         "commit": _git("rev-parse", "--short=12", "HEAD") or None,
         "dirty": None if changed is None else bool(changed),
         "versions": versions,

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from vitlab.metrics import complexity
 from vitlab.metrics.counts import macs as counted
 from vitlab.metrics.counts import parameters
+from vitlab.metrics.measure import training_speed
 from vitlab.models.vit import ViT
+from vitlab.study import complexity, linear_plots, zoo
 from vitlab.study import linear as linear_study
-from vitlab.study import linear_plots, zoo
 
 SPEC = zoo.scaled("S4/baseline", {"dataset": "tiny", "patch_size": 8, "dim": 32, "depth": 2, "heads": 2})
 
@@ -92,7 +92,7 @@ def test_sizes_that_take_too_long_are_left_out_and_said():
 
 def test_training_speed_of_a_deeper_model_is_lower():
     configs = {"deep": dataclasses.replace(SPEC.config, depth=8), "shallow": dataclasses.replace(SPEC.config, depth=1)}
-    found = complexity.training_speed({k: ViT(c) for k, c in configs.items()}, batch=8, seconds=0.05)
+    found = training_speed({k: ViT(c) for k, c in configs.items()}, batch=8, seconds=0.05)
     assert found["shallow"] > 1.5 * found["deep"] > 0
 
 

@@ -6,12 +6,12 @@
 
 import math
 import statistics
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from vitlab.metrics.meters import compare, peak_memory
+from vitlab.metrics.meters import compare, peak_memory, training_step
 from vitlab.models.vit import ViTConfig, attention_class
 
 PASSES = ("forward", "training")
@@ -75,22 +75,6 @@ def order(attention, attention_args=(), *, dim=384, heads=6, side=512):
     return ("O(n)" if power == 1 else "O(n^2)"), growth
 
 
-def step(layer, x, training):
-    """A function that runs `layer` on x once: the forward, or the forward and every gradient."""
-    if not training:
-        return lambda: layer(x)
-    # a normal tensor: meters run in inference mode, whose tensors cannot be differentiated
-    x = x.detach().clone().requires_grad_()
-    wanted = [x, *layer.parameters()]
-
-    def both():
-        with torch.inference_mode(False), torch.enable_grad():
-            y = layer(x)
-            return torch.autograd.grad(y, wanted, torch.ones_like(y))
-
-    return both
-
-
 def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, device="cpu", dtype=None, log=None):
     """Rows (dicts) of time and memory of one attention layer at each grid side, arms in turns.
 
@@ -108,10 +92,9 @@ def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, devi
         counted = {name: layer_macs(side, dim=dim, heads=heads, attention=a, attention_args=k)
                    for name, (a, k) in arms.items()}  # fmt: skip
         x = torch.randn(images, n, dim, generator=torch.Generator().manual_seed(n)).to(device)
-        calls = {(name, kind): step(layer, x, kind == "training")
-                 for name, layer in layers.items() for kind in PASSES if (name, kind) not in skip}  # fmt: skip
         for kind in PASSES:
-            mine = {name: call for (name, k), call in calls.items() if k == kind}
+            mine = {name: training_step(layer, x, inputs=True) if kind == "training" else partial(layer, x)
+                    for name, layer in layers.items() if (name, kind) not in skip}  # fmt: skip
             if not mine:
                 continue
             timed = compare(mine, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3)
@@ -160,35 +143,3 @@ def macs_crossover(attention, attention_args=(), *, dim, heads, sides=range(4, 1
         if layer_macs(side, attention=attention, attention_args=attention_args, **given) < layer_macs(side, **given):
             return side * side
     return None
-
-
-def training_speed(models, *, batch, seconds=1.0, device="cpu", dtype=None):
-    """{name: images a second} of forward and backward of whole models, in turns so that they share any noise.
-
-    models: {name: a model with a `config`}. Loss: the sum of the logits.
-    """
-    images = {}
-    for name, model in models.items():
-        config = model.to(device).train().config
-        for module in model.modules():  # dropout's own time is the same in all, and meters run in eval mode
-            module.training = False
-        shape = (batch, config.in_chans, config.image_size, config.image_size)
-        images[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-    def run(name):
-        model, x = models[name], images[name]
-
-        def both():
-            with torch.inference_mode(False), torch.enable_grad():
-                torch.autograd.grad(model(x).sum(), list(model.parameters()))
-
-        return both
-
-    timed = compare({name: run(name) for name in models}, device=device, dtype=dtype, warmup=2, seconds=seconds,
-                    min_runs=3)  # fmt: skip
-    return {name: batch / t.median_s for name, t in timed.items()}
-
-
-def as_attention(config, attention, **arguments):
-    """The same ViTConfig with another attention."""
-    return replace(config, attention=attention, attention_args=tuple(arguments.items()))

@@ -1,0 +1,84 @@
+"""README, RESULTS.md and CLAIMS.md: what they say of rows, by hand, and of rows from older code."""
+
+import shutil
+
+import pytest
+from small_projects import write
+
+from vitlab.run import notebooks, report, runner
+from vitlab.utils.files import write_json
+
+STEM = "05_tokens"
+README = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("projects", "findings", "status"))
+
+
+@pytest.fixture
+def study(make):
+    """A project with one notebook and its rows: two arms of two seeds, a conclusion, a verdict."""
+    project = make({STEM: ["1"]}, cpu={})
+    (project.source / "README.md").write_text(README)
+    job, = runner.plan(project, "cpu")
+    said = {"stamp": job.stamp(project), "device": "a CPU"}
+    arms = {"S3/baseline": ((60.0, 62.0), 100.0), "S3/pruned-alpha-1.2-small": ((59.0, 60.0), 150.0)}
+    for arm, (accuracies, speed) in arms.items():
+        for seed, accuracy in enumerate(accuracies):
+            row = {"arm": arm, "dataset": "cifar10", "seed": seed, "accuracy_top1": accuracy, "images_per_s": speed,
+                   "macs": 2e6, "epochs": 3, "train_s": 60.0, "as_published": False}  # fmt: skip
+            put(project, f"{arm.replace('/', '-')}-{seed}", row | said)
+    put(project, "conclusions", {"conclusions": [{"about": None, "text": "It costs a point."}]} | said)
+    verdict = {"claim": "S3/baseline/input-tokens", "status": "confirmed", "values": [145], "as_published": True}
+    put(project, "claims", {"verdicts": [verdict]} | said)
+    node = notebooks.nbformat.read(job.notebook.path, 4)
+    node.metadata["vitlab"] = {"status": "done", "finished": "2026-11-24T10:00", "rows": 1} | said
+    project.executed("cpu").mkdir(parents=True)
+    notebooks.nbformat.write(node, project.executed("cpu") / f"{STEM}.ipynb")
+    return project
+
+
+def put(project, name, row):
+    write_json(project.root / "results" / "cpu" / STEM / f"{name}.json", row)
+
+
+def test_what_is_said_is_worked_out_from_rows(study):
+    assert report.stale(study.source) == ["README.md", "RESULTS.md", "CLAIMS.md"]
+    assert report.refresh(study.source) == ["README.md", "RESULTS.md", "CLAIMS.md"]
+    assert report.stale(study.source) == []
+    readme, results, claims = ((study.source / f"{n}.md").read_text() for n in ("README", "RESULTS", "CLAIMS"))
+    # -1 and -2 points
+    assert "| 1.85x for 0.90 points | -1.50 ± 0.71 points, 1.50x the throughput | n = 2, scaled down |" in readme
+    assert "| nothing yet | notebook 04 has not run |" in readme
+    assert "- It costs a point.\n" in readme and "old" not in readme
+    assert f"| [{STEM}](notebooks/{STEM}.ipynb) | never run | 2026-11-24, a CPU |" in readme
+    assert "| S3/baseline | cifar10 | 3 | 61.00 ± 1.41 | 2.0 | 100.0 | 1.0 min | 2 |" in results
+    assert "| S3/baseline/input-tokens | 145 tokens | 145 tokens (n = 1) | confirmed |" in claims
+    assert "older" not in readme + claims and "baseline †" not in results
+
+
+def test_rows_of_older_code_are_marked_everywhere(study):
+    write(study.source / "notebooks" / f"{STEM}.ipynb", ["1 + 1"])
+    texts = report.render(study.source)
+    assert f"{STEM}.ipynb) | never run | 2026-11-24, a CPU: made by older code |" in texts["README.md"]
+    assert "n = 2, scaled down, made by older code" in texts["README.md"]
+    assert "- It costs a point. *(made by older code)*" in texts["README.md"]
+    assert "| S3/baseline † |" in texts["RESULTS.md"]
+    line = next(line for line in texts["CLAIMS.md"].splitlines() if line.startswith("| S3/baseline/input-tokens"))
+    assert "confirmed | made by older code" in line
+
+
+def test_without_rows_there_are_no_findings(study):
+    shutil.rmtree(study.root / "results")
+    texts = report.render(study.source)
+    assert "None yet" in texts["README.md"] and "##" not in texts["RESULTS.md"]
+    assert "notebook 05 has not run" in texts["README.md"]
+
+
+def test_a_readme_without_its_markers_is_refused(study):
+    (study.source / "README.md").write_text("<!-- status -->\n")
+    with pytest.raises(ValueError, match="0 pairs of <!-- projects -->"):
+        report.render(study.source)
+
+
+def test_readme_parts_are_filled_between_their_markers_only():
+    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- status -->\n<!-- /status -->\n"
+    filled = report.fill(text, {"results": "new\n", "status": "ran\n"})
+    assert filled == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n<!-- status -->\nran\n<!-- /status -->\n"

@@ -1,0 +1,217 @@
+"""What the rows say, as Markdown: README's computed parts, RESULTS.md, CLAIMS.md; from results/ and executed/ alone.
+
+Evidence whose stamp is not that of the present code is marked where it is shown.
+"""
+
+import re
+from pathlib import Path
+
+from vitlab.metrics.measure import COLUMNS, show
+from vitlab.run import notebooks as nb
+from vitlab.run import runner, stamps
+from vitlab.study import claims, verdicts
+from vitlab.study.study import read_rows
+from vitlab.utils.files import read_json, write_text
+
+SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
+PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
+
+# project -> its headline with the published figures, the notebook, the arm that stands for it, the arm it is held
+# against, which had the same training
+HEADLINES = {
+    "S0": ("{S0/sparse/accuracy} with sparse attention, {S0/dense/accuracy} dense", "02", "S0/sparse", "S0/dense"),
+    "S1": ("{S1/favit/memory-saved} of the memory saved, and better than a plain ViT", "03", "S1/favit", "S1/plain"),
+    "S2": ("{S2/pruned-40-kd/accuracy} pruned by 40 % and distilled, {S2/baseline/accuracy} before", "04",
+           "S2/pruned-40-kd", "S2/baseline-tuned"),
+    "S3": ("{S3/pruned-alpha-1.2/speed-up} for {S3/pruned-alpha-1.2/accuracy-drop}", "05",
+           "S3/pruned-alpha-1.2", "S3/baseline"),
+    "S4": ("{S4/ripple/training-speed-up} training speed, {S4/ripple/cifar100-accuracy} instead of "
+           "{S4/baseline/cifar100-accuracy}", "06", "S4/ripple", "S4/baseline"),
+}  # fmt: skip
+
+
+def render(root):
+    """{file name: text} of the three files."""
+    evidence = Evidence(root)
+    readme = (evidence.root / "README.md").read_text(encoding="utf-8")
+    parts = {"projects": projects(evidence), "findings": findings(evidence), "status": status(evidence)}
+    return {"README.md": fill(readme, parts), "RESULTS.md": results(evidence), "CLAIMS.md": claims_page(evidence)}
+
+
+def stale(root):
+    """The names of the files that say anything else than the rows do."""
+    return [name for name, text in render(root).items() if _read(Path(root) / name) != text]
+
+
+def refresh(root):
+    """Write what is stale; the names of the files that changed."""
+    texts, changed = render(root), stale(root)
+    for name in changed:
+        write_text(Path(root) / name, texts[name])
+    return changed
+
+
+def fill(text, parts):
+    """`text` with each part put between its markers; ValueError where a pair of markers is missing."""
+    for name, body in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"README.md has {count} pairs of <!-- {name} --> ... <!-- /{name} -->, not one")
+    return text
+
+
+class Evidence:
+    """What is committed: for each notebook its jobs by preset, the best preset with rows, those rows."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        self.project = nb.Project(self.root, self.root)
+        self.notebooks = nb.find(root)
+        present = [p for p in PRESETS if p in nb.presets(root)]
+        self.jobs = {(j.notebook.stem, p): j for p in present for j in runner.plan(self.project, p)}
+        self.preset, self.rows, self.stamp = {}, {}, {}
+        for notebook in self.notebooks:
+            stem = notebook.stem
+            for preset in present[::-1]:
+                if "arm" in (rows := read_rows(root, preset, stem)):
+                    self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
+            if stem in self.preset:
+                self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
+
+    def stale(self, stem, row):
+        """"" for a row (a dictionary) of the present code, else what it is of."""
+        old = row.get("stamp")
+        return stamps.difference(old if isinstance(old, str) else None, self.stamp[stem])
+
+    def special(self, stem, name):
+        """A file that notebook `stem` wrote beside its arms' rows, or {}."""
+        path = self.root / "results" / self.preset.get(stem, "none") / stem / f"{name}.json"
+        return read_json(path) if path.exists() else {}
+
+    def find(self, number):
+        return next((n.stem for n in self.notebooks if n.stem.startswith(number) and n.stem in self.preset), None)
+
+
+def markdown(headings, lines):
+    """A Markdown table."""
+    body = [headings, ["---"] * len(headings), *lines]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in body)
+
+
+# -------------------------------------------------------------------------------------------- README
+
+def projects(evidence):
+    """The table of the five projects: what each claims most, and what became of it here."""
+    lines = []
+    for project, (text, number, arm, control) in HEADLINES.items():
+        quoted = re.sub(r"\{(.+?)\}", lambda m: claims.get(m[1]).text, text)
+        lines.append([claims.PROJECTS[project].split(":")[0], quoted, *_found(evidence, number, arm, control)])
+    return markdown(["project", "its headline", "found here, against the same training without it", "evidence"], lines)
+
+
+def _found(evidence, number, arm, control):
+    """(what was found, on which evidence) for an arm beside its control."""
+    stem = evidence.find(number)
+    rows = evidence.rows[stem] if stem else None
+    named = None if rows is None else rows.arm.str.replace("-small", "")  # a scaled-down stand-in is called that
+    if rows is None or not {arm, control} <= set(named):
+        return "nothing yet", f"notebook {number} has not run"
+    pair = [rows[named == name].groupby("seed").last() for name in (arm, control)]
+    gain = (pair[0].accuracy_top1 - pair[1].accuracy_top1).dropna()
+    speed = (pair[0].images_per_s / pair[1].images_per_s).mean()
+    spread = f" ± {gain.std():.2f}" if len(gain) > 1 else ""
+    last = rows[named == arm].iloc[-1]
+    notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down",
+             evidence.stale(stem, last.to_dict())]  # fmt: skip
+    return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(n for n in notes if n)
+
+
+def findings(evidence):
+    """The notebooks' own first sentences."""
+    lines = [f"- {said[0]}\n" for n in evidence.notebooks if (said := conclusions(evidence, n.stem))]
+    return "".join(lines) or "None yet: the notebooks write them when they run.\n"
+
+
+def conclusions(evidence, stem):
+    """The sentences that a notebook concluded from its rows."""
+    found = evidence.special(stem, "conclusions")
+    mark = f" *({why})*" if found and (why := evidence.stale(stem, found)) else ""
+    return [said["text"] + mark for said in found.get("conclusions", ())]
+
+
+def status(evidence):
+    """What ran where, and from which code."""
+    lines = []
+    for notebook in evidence.notebooks:
+        cells = [f"[{notebook.stem}](notebooks/{notebook.path.name})"]
+        for preset in PRESETS:
+            job = evidence.jobs.get((notebook.stem, preset))
+            marks = nb.marks(evidence.root / "executed" / preset / notebook.path.name)
+            state = runner.standing(evidence.project, job) if job else "never run"
+            said = f"{marks['finished'][:10]}, {marks['device']}" if marks else state
+            cells.append(said if state in (runner.SKIPPED, said) else f"{said}: {state}")
+        lines.append(cells)
+    return markdown(["notebook", *(f"`{p}`" for p in PRESETS)], lines)
+
+
+# --------------------------------------------------------------------------------- RESULTS, CLAIMS
+
+def results(evidence):
+    """RESULTS.md: for each notebook its sentences and its arms."""
+    parts = ["# Results\n\nWritten by `vitlab report` from the rows in results/; not to be edited. † marks a row made "
+             "by older code or with other parameters than the present ones.\n"]  # fmt: skip
+    for notebook in evidence.notebooks:
+        if (stem := notebook.stem) in evidence.preset:
+            rows, said = evidence.rows[stem], "".join(f"- {line}\n" for line in conclusions(evidence, stem))
+            where = f"Preset `{evidence.preset[stem]}`, on {' / '.join(dict.fromkeys(rows.device))}."
+            # what is no arm read on test images (a sweep, a timing) belongs to its notebook
+            arms = rows[rows.accuracy_top1.notna()]
+            parts.append(f"## {notebook.title}\n\n{where}\n\n{said}\n{_table(evidence, stem, arms)}")
+    return "\n".join(parts)
+
+
+def _table(evidence, stem, rows):
+    columns = [c for c in SHOWN if c in rows and rows[c].notna().any()]
+    units = [f"{COLUMNS[c].label}{f' ({COLUMNS[c].unit})' if COLUMNS[c].unit else ''}" for c in columns]
+    lines = []
+    for (arm, data), group in rows.groupby(["arm", "dataset"], sort=False):
+        old = any(evidence.stale(stem, row) for row in group.to_dict("records"))
+        cells = [_mean(group[c], c) for c in columns]
+        minutes = f"{group.train_s.mean() / 60:.1f} min" if "train_s" in group else ""
+        lines.append([arm + " †" * old, data, f"{group.epochs.iloc[0]:g}", *cells, minutes, len(group)])
+    return markdown(["arm", "data", "epochs", *units, "training", "seeds"], lines)
+
+
+def _mean(values, column):
+    values = values.dropna()
+    if not len(values):
+        return "not measured"
+    text = show(float(values.mean()), column)
+    return text + (f" ± {show(float(values.std(ddof=1)), column)}" if values.nunique() > 1 else "")
+
+
+def claims_page(evidence):
+    """CLAIMS.md: every claim with what was measured and its verdict."""
+    settled = []
+    for stem in evidence.preset:
+        found = evidence.special(stem, "claims")
+        for row in found.get("verdicts", ()):
+            old = verdicts.Verdict.from_row(row)
+            why = "; ".join(w for w in (old.reason, evidence.stale(stem, found)) if w)
+            # settled again, so that all are judged by the present rules
+            settled.append(verdicts.settle(old.claim, old.values, as_published=old.as_published, why=why))
+    known = {verdict.claim for verdict in settled}
+    settled += [verdicts.settle(c, None, as_published=False) for c in claims.load() if c.id not in known]
+    parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
+             f"five projects published, and what it came to here. {verdicts.summary(settled)}\n"]  # fmt: skip
+    for project, title in claims.PROJECTS.items():
+        frame = verdicts.table(claims.select(project=project), settled)
+        lines = [[i, row.claimed, row.measured, row.verdict, row.note] for i, row in frame.iterrows()]
+        table = markdown(["claim", "claimed", "measured", "verdict", "note"], lines)
+        parts.append(f"## {title}\n\n{table}")
+    return "\n".join(parts)
+
+
+def _read(path):
+    return path.read_text(encoding="utf-8") if path.exists() else ""
