@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 # kind of model -> the module that registers its config (see models.checkpoint); a new method adds its line
 KINDS = {
     "vit": "vitlab.models.vit",
-    "slim": "vitlab.compress.pruning.slim",
     "resnet": "vitlab.models.resnet",
+    "timm": "vitlab.models.timm",
     "gated": "vitlab.compress.pruning.gates",
     "reduced": "vitlab.compress.tokens.reduction",
 }

@@ -9,7 +9,6 @@ from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import L1, GatedConfig, GatedViT
-from vitlab.compress.pruning.slim import SlimViT
 from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
@@ -145,7 +144,7 @@ def kept_share(config, masks):
     import pandas as pd
 
     lines = {}
-    for i, block in enumerate(config.blocks):
+    for i, block in enumerate(config.shapes):
         part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
         line = {"q, k": part["qk"].mean(), "v": part["v"].mean(), "MLP": part["mlp"].mean()}
         widths = [v for _, v in block.each_head]
@@ -177,8 +176,8 @@ def published_export(arm, masks):
     core = arm.model.core if isinstance(arm.model, GatedViT) else arm.model
     exact, blocks = slim(core, masks), []
     state = exact.state_dict()
-    for i, block in enumerate(exact.config.blocks):
-        heads = len(block.each_head) and len(core.config.blocks[i].each_head)
+    for i, block in enumerate(exact.config.shapes):
+        heads = len(block.each_head) and len(core.config.shapes[i].each_head)
         qk, v = (block.qk // heads, block.v // heads) if heads else (0, 0)
         if heads:
             at, total = f"blocks.{i}.attn.", (block.qk, block.qk, block.v)
@@ -188,7 +187,7 @@ def published_export(arm, masks):
                     state[at + name] = torch.cat([p[: heads * n] for p, n in zip(parts, (qk, qk, v))])
             state[at + "proj.weight"] = state[at + "proj.weight"][:, : heads * v]
         blocks.append(dataclasses.replace(block, heads=((heads, qk, v),) if heads else ()))
-    model = SlimViT(dataclasses.replace(exact.config, blocks=tuple(blocks)))
+    model = dataclasses.replace(exact.config, blocks=tuple(blocks)).build()
     model.load_state_dict(state)
     return model.to(device_of(arm.model)).eval()
 
