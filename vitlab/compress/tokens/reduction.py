@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitlab.compress.tokens import schedule as schedules
-from vitlab.compress.tokens.adapter import adapter
+from vitlab.compress.tokens.adapter import Adapter
 from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import SCORES, SIGNED, UNSCORED
@@ -149,7 +149,8 @@ class TokenViT(nn.Module):
         super().__init__()
         if isinstance(model, TokenViT):
             model = model.plain
-        self.adapter = adapter(model)
+        self.adapter = Adapter(model)
+        model = self.adapter.model  # of timm's model, ours with the same parameters
         # the very same dictionaries: names, devices and dtypes stay common whoever changes them
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.active, self.kept, self.owners, self._record = True, None, None, False
@@ -163,9 +164,8 @@ class TokenViT(nn.Module):
 
     @property
     def config(self):
-        """Both configurations, the model's and the reduction's (None for timm's)."""
-        base = getattr(self.plain, "config", None)
-        return base and ReducedConfig(base=base, tokens=self.token_config)
+        """Both configurations, the model's and the reduction's."""
+        return ReducedConfig(base=self.plain.config, tokens=self.token_config)
 
     @property
     def tokens(self):
@@ -210,13 +210,11 @@ class TokenViT(nn.Module):
 
     def macs(self):
         """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.macs`."""
-        if self.config is None:
-            raise ValueError("the closed form is for vitlab's ViT; a timm model is counted by measuring it")
         return self.config.macs() if self.active else self.plain.config.macs()
 
 
 def reduce_tokens(model, config=None, **options):
-    """`model` on fewer tokens: a `TokenViT` around our ViT or a timm VisionTransformer, sharing its weights.
+    """`model` on fewer tokens: a `TokenViT` around our ViT, or a timm VisionTransformer as ours, sharing its weights.
 
     config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
     change `config` if both are given. State dict, training and eval are those of `model`. ValueError names

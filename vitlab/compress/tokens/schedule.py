@@ -94,32 +94,33 @@ def macs(config, tokens):
     over the heads, X = heads * width of a head, H MLP channels:
 
         attention   a D (2 Q + V) + q (2 X a + V D)     q = a queries; m where tokens are dropped inside the block
-        MLP         2 t D H                             t = m tokens; a under the rule "published"
+        MLP         2 t D H (3 with a GLU)              t = m tokens; a under the rule "published"
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
         score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); "query" a X,
                     "redundancy" P^2 X / heads; none for "merge" and "ward", nor where nothing is removed
         matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
-    blocks, n, prefix, dim = shapes(config), config.tokens, config.prefix_tokens, config.dim
+    blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
+    layers = 3 if config.mlp.startswith("glu") else 2  # of an MLP
     read = 1 + config.distilled if config.pool == "cls" else 0
     counts, actions = tokens.counts_for(n, len(blocks), prefix), tokens.actions(len(blocks))
     # whether a block that removes nothing runs as it is, on fewer tokens too
     plain = not tokens.sized(read) and config.mlp != "conv"
     total, before, exact = config.macs(), n, tokens.rule == "exact"
     for layer, (shape, after) in enumerate(zip(blocks, counts)):
-        inputs, products = shape.qk + shape.v, products_of(config, shape)
+        inputs, products = shape.qk + shape.v, config.products(shape)
         across = 2 * len(shape.each_head) * shape.width  # heads are filled up to one width where tokens move
-        total -= _block(dim, shape, n, n, n, products)
+        total -= _block(dim, shape, layers, n, n, n, products)
         if tokens.pooled_last and read and layer == len(blocks) - 1:
-            total += before * dim * inputs + read * (dim * (inputs + 2 * shape.hidden) + before * across)
+            total += before * dim * inputs + read * (dim * (inputs + layers * shape.hidden) + before * across)
             total -= 9 * config.grid**2 * shape.hidden * (config.mlp == "conv")
         elif after == before:
             as_it_is = plain or before == n
-            total += _block(dim, shape, before, before, before, products if as_it_is else across)
+            total += _block(dim, shape, layers, before, before, before, products if as_it_is else across)
         else:
             drops = exact and actions[layer] == "drop"
-            total += _block(dim, shape, before, after if drops else before, after if exact else before, across)
+            total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
             total += _score(tokens, actions[layer], before, prefix, read, shape)
             width = dim if tokens.likeness == "input" else shape.width
             total += _matching(actions[layer], before, after, prefix) * width
@@ -127,23 +128,9 @@ def macs(config, tokens):
     return total
 
 
-def _block(dim, shape, keys, queries, late, products):
+def _block(dim, shape, layers, keys, queries, late, products):
     attention = keys * dim * (2 * shape.qk + shape.v) + queries * (keys * products + shape.v * dim)
-    return attention + 2 * late * dim * shape.hidden
-
-
-def shapes(config):
-    """The widths of each block."""
-    if hasattr(config, "blocks"):
-        return config.blocks
-    from vitlab.compress.pruning.shape import SlimBlock
-
-    width = config.dim // config.heads
-    return (SlimBlock(heads=((config.heads, width, width),), hidden=config.mlp_dim, scale=1.0),) * config.depth
-
-
-def products_of(config, shape):
-    return config.products(shape) if hasattr(config, "products") else 2 * config.dim
+    return attention + layers * late * dim * shape.hidden
 
 
 def _score(tokens, action, before, prefix, read, shape):
