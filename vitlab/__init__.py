@@ -12,7 +12,26 @@ The folders are floors, from the top down; a file imports only from its own floo
     utils/     files, seeds, devices, provenance
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+# What a user needs, by name; imported when it is first used, so that importing the package costs nothing.
+PUBLIC = {
+    "load_data": "vitlab.data.datasets:load",
+    "ViT": "vitlab.models.vit:ViT",
+    "ViTConfig": "vitlab.models.vit:ViTConfig",
+    "Recipe": "vitlab.train.recipe:Recipe",
+    "fit": "vitlab.train.loop:fit",
+    "measure": "vitlab.metrics.measure:measure",
+    "prune": "vitlab.compress.pruning.structured:prune",
+    "reduce_tokens": "vitlab.compress.tokens.reduction:reduce_tokens",
+    "calibrate": "vitlab.compress.tokens.search:calibrate",
+    "distill": "vitlab.compress.distill:Distill",
+    "from_timm": "vitlab.models.timm:from_timm",
+    "save": "vitlab.models.checkpoint:save",
+    "load": "vitlab.models.checkpoint:load",
+}
 
 # kind of model -> the module that registers its config (see models.checkpoint); a new method adds its line
 KINDS = {
@@ -22,3 +41,14 @@ KINDS = {
     "gated": "vitlab.compress.pruning.gates",
     "reduced": "vitlab.compress.tokens.reduction",
 }
+
+
+def __getattr__(name):
+    if name not in PUBLIC:
+        raise AttributeError(f"vitlab has no {name!r}; it has {', '.join(PUBLIC)}")
+    module, _, attribute = PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__():
+    return sorted([*globals(), *PUBLIC])

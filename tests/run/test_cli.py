@@ -1,6 +1,8 @@
 """Options, what `vitlab` says at once, run_all.sh."""
 
+import dataclasses
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,24 @@ import pytest
 from small_projects import ROW
 
 from vitlab import cli
+from vitlab.models.vit import ViTConfig
 from vitlab.run import notebooks
+from vitlab.train.recipe import Recipe
 
 REPOSITORY = Path(__file__).parents[2]
+
+def test_help_comes_at_once_and_knows_every_field():
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", "from vitlab import cli; cli.main(['train', '--help'])"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.3
+    fields = [f.name for cls in (ViTConfig, Recipe) for f in dataclasses.fields(cls)]
+    assert {f"--{name.replace('_', '-')}" for name in fields} <= set(answer.stdout.split())
+
 
 def test_option_values():
     assert [cli.seconds(t) for t in ("90s", "25m", "1h30m")] == [90, 1500, 5400]

@@ -44,6 +44,8 @@ def test_imports_inside_functions_and_below_count():
     inside = "def f():\n    from vitlab.metrics import measure\n    return measure"
     assert {"vitlab.metrics.measure", "vitlab.metrics.counts", "vitlab.utils.device"} <= set(stamps.modules(inside))
     assert "vitlab.study.plots" not in stamps.modules(CODE) and "vitlab.train.loop" in stamps.modules(CODE)
+    for code in ("import vitlab\nvitlab.fit", "from vitlab import fit"):
+        assert "vitlab.train.loop" in stamps.modules(code)
     assert "vitlab.train.loop" in stamps.modules("%matplotlib inline\nimport vitlab.train.loop")
 
 

@@ -78,7 +78,8 @@ def _typed(cls, given):
         except (ValueError, SyntaxError):
             value = text
         value = float(value) if type(value) is int and float in kinds else value
-        value = tuple(value) if isinstance(value, list) else value
+        if tuple in kinds and isinstance(value, (list, dict)):
+            value = tuple(value.items() if isinstance(value, dict) else value)
         if type(value) not in kinds:
             wanted = " or ".join(kind.__name__.replace("NoneType", "none") for kind in kinds)
             raise ValueError(f"{option} {text!r}: {wanted} is needed")

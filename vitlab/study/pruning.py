@@ -13,7 +13,6 @@ from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
 from vitlab.study import plots
-from vitlab.study.noise import run_noise
 from vitlab.study.study import Arm
 from vitlab.train.loop import History, cross_entropy
 from vitlab.utils.device import device_of, example
@@ -28,6 +27,12 @@ def gated(study, spec, data, seed, *, l1, kinds=KINDS):
     return study.arm(spec, data, seed, objective=L1(l1), name=f"{spec.name} gated")
 
 
+def scored(arm, data, criterion, *, images=256, kinds=KINDS):
+    """`score` of an arm's model on so many training images, which the arm's seed draws."""
+    batches = calibration(data, images, seed=arm.seed, size=shape_of(arm.model).image_size)
+    return score(arm.model, criterion, kinds=kinds, data=batches, seed=arm.seed)
+
+
 def cut(arm, masks, name, title):
     """The Arm of the smaller model that `masks` leave of an arm's, not trained further ({}: gates folded in)."""
     small = slim(arm.model, masks).eval()
@@ -37,38 +42,32 @@ def cut(arm, masks, name, title):
 
 
 def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, changes=()):
-    """The Arm that starts from an arm's weights and trains on: recipe: fields set otherwise than in its own.
+    """The Arm that starts from an arm's weights and trains on.
 
-    changes: what differs from what was published.
+    recipe: {field: value} of what is set otherwise than in the arm's own; changes: what differs from the published.
     """
-    spec = dataclasses.replace(
-        arm.spec, name=name, title=title, recipe=dataclasses.replace(arm.spec.recipe, **recipe),
-        changes=(*arm.spec.changes, *changes),
-    )  # fmt: skip
+    recipe = dataclasses.replace(arm.spec.recipe, **recipe)
+    spec = dataclasses.replace(arm.spec, name=name, title=title, recipe=recipe, changes=(*arm.spec.changes, *changes))
     return study.arm(spec, data, arm.seed, start=arm, objective=objective, name=name)
 
 
 def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
-    """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided."""
+    """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided.
+
+    The history of the Arm is that of all rounds, so that its time is what it took.
+    """
     start, steps, epochs = shape_of(arm.model).macs(), [], recipe["epochs"]
     if not 1 <= rounds <= epochs:
         raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
     for i in range(rounds):
         target = int(start * (macs / start) ** ((i + 1) / rounds))
-        scores = score(arm.model, "taylor", kinds=kinds, data=calibrated(arm, data, images))
+        scores = scored(arm, data, "taylor", images=images, kinds=kinds)
         masks = select(shape_of(arm.model), scores, macs=target, multiple=multiple)
         part = epochs * (i + 1) // rounds - epochs * i // rounds
-        last = i + 1 == rounds
-        arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part},
-                    name if last else f"{name} round {i + 1}", title)  # fmt: skip
+        label = name if i + 1 == rounds else f"{name} round {i + 1}"
+        arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part}, label, title)
         steps.append(arm)
-    return arm, steps
-
-
-def calibrated(arm, data, images):
-    """The calibration batches of an arm's seed."""
-    size = shape_of(arm.model).image_size
-    return calibration(data, images, seed=arm.seed, size=size)
+    return dataclasses.replace(arm, history=History([row for step in steps for row in step.history.rows])), steps
 
 
 def same(first, second, data, *, images=256, tolerance=1e-4):
@@ -76,10 +75,8 @@ def same(first, second, data, *, images=256, tolerance=1e-4):
 
     ValueError where it exceeds the tolerance: a cut that is not exact must stop a notebook.
     """
-    split, found = data.val.take(images), []
-    for model in (first, second):
-        found.append(logits(model, split, mean=data.mean, std=data.std)[0])
-    error = ((found[0] - found[1]).abs().max() / found[0].abs().max().clamp_min(1e-6)).item()
+    one, other = (logits(m, data.val.take(images), mean=data.mean, std=data.std)[0] for m in (first, second))
+    error = ((one - other).abs().max() / one.abs().max().clamp_min(1e-6)).item()
     if not error <= tolerance:
         raise ValueError(f"the two models differ by {error:.1e} of their largest logit; allowed: {tolerance:.0e}")
     return error
@@ -103,16 +100,14 @@ def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=
     ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
     models = {("unpruned", 1.0): slim(arm.model).eval()}
     for name, options in ways.items():
-        options = {"criterion": name, "kinds": KINDS, "multiple": multiple} | options
-        batches = calibrated(arm, data, images)
-        scores = score(arm.model, options.pop("criterion"), kinds=options.pop("kinds"), data=batches, seed=arm.seed)
+        options = {"kinds": KINDS, "multiple": multiple} | options
+        scores = scored(arm, data, options.pop("criterion"), images=images, kinds=options.pop("kinds"))
         for share in shares:
             with contextlib.suppress(BudgetImpossible):  # such as MLPs alone, far down
                 masks = select(shape, scores, macs=share * shape.macs(), **options)
                 models[name, share] = slim(arm.model, masks).eval()
-    side = (shape.in_chans, shape.image_size, shape.image_size)
-    first = next(iter(models.values()))
-    times = compare(models, example(first, side, batch), dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
+    pictures = example(arm.model, (shape.in_chans, shape.image_size, shape.image_size), batch)
+    times = compare(models, pictures, dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
     return pd.DataFrame([
         {"way": name[0], "share": name[1], "macs": model.config.macs(), "images": batch,
          "accuracy": validated(model, data, dtype), "latency_ms": times[name].median_s * 1e3}
@@ -121,19 +116,26 @@ def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=
 
 
 def ranking(rows, title=""):
-    """Accuracy against MACs and against latency of a `sweep`, one line a way; dashed: unpruned."""
+    """What a `sweep` cost in accuracy, against MACs and against latency: one line a way, from the unpruned model on.
+
+    Points up to one are drawn to scale, larger losses by their logarithm, so that a way that fails hides no other.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
-    whole, cuts = rows[rows.way == "unpruned"].iloc[0], rows[rows.way != "unpruned"]
+    whole, cuts = rows[rows.way == "unpruned"], rows[rows.way != "unpruned"]
+    before = whole.iloc[0]
     for ax, column, unit in zip(axes, ("macs", "latency_ms"), (1e-6, 1.0)):
         for name, (colour, marker) in plots.colours(cuts.way).items():
-            line = cuts[cuts.way == name].sort_values("macs")
-            ax.plot(line[column] * unit, line.accuracy, color=colour, marker=marker, markersize=5, label=name)
-        ax.axhline(whole.accuracy, color="0.4", linestyle="--", linewidth=1)
-        ax.plot(whole[column] * unit, whole.accuracy, "k*", markersize=10, label="unpruned")
-    axes[0].set(xlabel="MACs (M)", ylabel="validation accuracy (%)", title=title)
-    axes[1].set(xlabel=f"latency of {int(whole.images)} images (ms)")
+            line = rows[rows.way.isin([name, "unpruned"])].sort_values("macs")
+            ax.plot(line[column] * unit, line.accuracy - before.accuracy, color=colour, marker=marker, markersize=5,
+                    label=name)  # fmt: skip
+        ax.plot(before[column] * unit, 0, "k*", markersize=10, label="unpruned", linestyle="none")
+        ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+    axes[0].set(xlabel="MACs (M)", ylabel="change in validation\naccuracy (points)", title=title)
+    axes[1].set(xlabel=f"latency of {int(before.images)} images (ms)")
     figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
@@ -147,8 +149,7 @@ def kept_share(config, masks):
     for i, block in enumerate(config.shapes):
         part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
         line = {"q, k": part["qk"].mean(), "v": part["v"].mean(), "MLP": part["mlp"].mean()}
-        widths = [v for _, v in block.each_head]
-        of_heads = masks.get(f"blocks.{i}.v", torch.ones(block.v)).float().split(widths)
+        of_heads = masks.get(f"blocks.{i}.v", torch.ones(block.v)).float().split([v for _, v in block.each_head])
         line |= {f"head {j + 1}": head.mean() for j, head in enumerate(of_heads)}
         lines[f"block {i + 1}"] = {k: 100 * v.item() for k, v in line.items()}
     return pd.DataFrame.from_dict(lines, orient="index")
@@ -162,9 +163,8 @@ def relative(rows, columns, base):
     import pandas as pd
 
     first = rows[rows.arm == base].set_index("seed")
-    numbers = rows[columns].astype(float)
     below = first.loc[rows.seed, columns].astype(float).to_numpy()
-    return pd.concat([rows[["arm", "seed"]], 100 * (numbers / below - 1)], axis=1)
+    return pd.concat([rows[["arm", "seed"]], 100 * (rows[columns].astype(float) / below - 1)], axis=1)
 
 
 def published_export(arm, masks):
@@ -177,22 +177,14 @@ def published_export(arm, masks):
     exact, blocks = slim(core, masks), []
     state = exact.state_dict()
     for i, block in enumerate(exact.config.shapes):
-        heads = len(block.each_head) and len(core.config.shapes[i].each_head)
+        heads, at = len(block.each_head) and len(core.config.shapes[i].each_head), f"blocks.{i}.attn."
         qk, v = (block.qk // heads, block.v // heads) if heads else (0, 0)
-        if heads:
-            at, total = f"blocks.{i}.attn.", (block.qk, block.qk, block.v)
-            for name in ("qkv.weight", "qkv.bias"):
-                if at + name in state:
-                    parts = state[at + name].split(total)
-                    state[at + name] = torch.cat([p[: heads * n] for p, n in zip(parts, (qk, qk, v))])
-            state[at + "proj.weight"] = state[at + "proj.weight"][:, : heads * v]
+        for name in (at + "qkv.weight", at + "qkv.bias"):
+            if heads and name in state:
+                parts = state[name].split((block.qk, block.qk, block.v))
+                state[name] = torch.cat([p[: heads * n] for p, n in zip(parts, (qk, qk, v))])
+        state[at + "proj.weight"] = state[at + "proj.weight"][:, : heads * v]
         blocks.append(dataclasses.replace(block, heads=((heads, qk, v),) if heads else ()))
     model = dataclasses.replace(exact.config, blocks=tuple(blocks)).build()
     model.load_state_dict(state)
     return model.to(device_of(arm.model)).eval()
-
-
-__all__ = [
-    "calibrated", "cut", "gated", "kept_share", "published_export", "ranking", "relative", "run_noise", "same",
-    "step_by_step", "sweep", "tuned", "validated",
-]  # fmt: skip

@@ -57,12 +57,14 @@ class Recipe:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is needed")
         for name in ("lr", "weight_decay", "warmup", "min_lr", "mixup", "cutmix", "mix_off"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a finite number of at least 0 is needed")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
         Augment(self.augment)  # a spec that cannot be read is refused here, not an hour later
         for name in ("smoothing", "ema"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number in [0, 1) is needed")
+            value = getattr(self, name) or 0
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: a number in [0, 1) is needed")
 
     def lr_at(self, epoch, steps):
         """The learning rate at a (fractional) epoch; `steps` steps an epoch.

@@ -1,0 +1,93 @@
+"""What a user gets wrong on the command line: exit code 2, a message with the value, the file, what is allowed."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vitlab import cli
+from vitlab.models import checkpoint
+from vitlab.models.vit import ViTConfig
+from vitlab.train.recipe import Recipe
+
+SMALL = ["--dataset", "tiny", "--dim", "16", "--depth", "1", "--heads", "1", "--patch-size", "16", "--device", "cpu"]
+TRAIN = ["train", *SMALL, "--checkpoint", "{here}/new.safetensors"]
+MEASURE = ["measure", "--checkpoint", "{here}/model.safetensors", "--device", "cpu"]
+EVALUATE = ["evaluate", "--dataset", "tiny", "--device", "cpu", "--out", "{here}/out"]
+RUN = ["run", "--preset", "tiny", "--only", "01"]
+
+CASES = {
+    "lr diverges": ([*TRAIN, "--lr", "1e12", "--epochs", "2", "--warmup", "0"], "a lower lr (now 1e+12)"),
+    "lr is text": ([*TRAIN, "--lr", "fast"], "--lr 'fast': float is needed"),
+    "lr is negative": ([*TRAIN, "--lr", "-1"], "lr=-1.0: a finite number of at least 0"),
+    "half an epoch": ([*TRAIN, "--epochs", "1.5"], "--epochs '1.5': int is needed"),
+    "epochs are text": ([*TRAIN, "--epochs", "two"], "--epochs 'two': int is needed"),
+    "a slip of the pen": ([*TRAIN, "--dimm", "3"], "unknown option --dimm: ViTConfig has dim"),
+    "an option without value": ([*TRAIN, "--mlp-dim"], "--mlp-dim"),
+    "optimizer": ([*TRAIN, "--optimizer", "lion"], "optimizer='lion': choose one of adamw"),
+    "attention": ([*TRAIN, "--attention", "flash"], "flash"),
+    "classes are the data's": ([*TRAIN, "--num-classes", "3"], "--num-classes 3"),
+    "no such kind": ([*TRAIN, "--model", "lstm"], "kind='lstm': no such model; there are vit"),
+    "a wrapper": (["train", "--model", "reduced", "--checkpoint", "{here}/new"], "--model reduced needs base"),
+    "one class": ([*TRAIN, "--dataset", "folder:{here}/one"], "one has the class folder cat only"),
+    "broken image": ([*TRAIN, "--dataset", "folder:{here}/broken"], "--skip-broken"),
+    "no head": ([*EVALUATE, "--checkpoint", "{here}/headless.safetensors"], "headless.safetensors holds no model"),
+    "no model": ([*EVALUATE, "--checkpoint", "{here}/text.safetensors"], "text.safetensors holds no model"),
+    "other tensors": ([*EVALUATE, "--checkpoint", "{here}/plain.safetensors"], "its format is None"),
+    "no file": ([*EVALUATE, "--checkpoint", "{here}/none"], "none is not there"),
+    "classes differ": ([*EVALUATE, "--checkpoint", "{here}/model.safetensors"],
+                       "model.safetensors has 3 classes, tiny has 10"),
+    "out is a file": ([*EVALUATE[:-1], "{here}/text.safetensors", "--checkpoint", "{here}/model.safetensors"],
+                      "text.safetensors is a file"),
+    "out is a folder": ([*MEASURE, "--out", "{here}"], "is a folder"),
+    "no image": ([*MEASURE, "--batch-size", "0"], "'0': a whole number of at least 1"),
+    "no second": ([*MEASURE, "--seconds", "0"], "'0': a finite number above 0"),
+    "nan seconds": ([*MEASURE, "--seconds", "nan"], "'nan': a finite number above 0"),
+    "yaml": ([*RUN, "-p", "dataset=[a"], "-p dataset: '[a' is no YAML"),
+    "unknown data": ([*RUN, "-p", "dataset=mnist"], "unknown data set 'mnist': allowed are cifar10"),
+    "no such folder": ([*RUN, "-p", "dataset=folder:{here}/none"], "there is no folder"),
+    "text for a number": ([*RUN, "-p", "seconds=soon"], "seconds = 'soon' is of type str"),
+    "no jobs": ([*RUN, "--jobs", "0"], "'0': a whole number of at least 1"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a model of 3 classes, files that hold no model, and folders of images."""
+    folder = tmp_path_factory.mktemp("files")
+    config = ViTConfig(image_size=32, patch_size=16, dim=16, depth=1, heads=1, num_classes=3)
+    checkpoint.save(config.build(), folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    headless = {k: v for k, v in tensors.items() if not k.startswith("head")}
+    meta = {"format": checkpoint.FORMAT, "about": "{}",
+            "config": checkpoint.json.dumps(checkpoint.to_dict(config))}  # fmt: skip
+    save_file(headless, folder / "headless.safetensors", meta)
+    save_file({"x": torch.zeros(1)}, folder / "plain.safetensors")
+    (folder / "text.safetensors").write_text("no tensors")
+    for name in ("one/cat", "broken/cat", "broken/dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / name / f"{i}.png")
+    (folder / "broken/dog/0.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_named_in_a_line(name, here, capsys):
+    arguments, said = CASES[name]
+    before = sorted(here.iterdir())
+    try:
+        code = cli.main([a.format(here=here) for a in arguments])
+    except SystemExit as stop:  # argparse's own complaints
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and said in error, error
+    assert "Traceback" not in error and len([line for line in error.splitlines() if "error" in line]) == 1
+    left = {p.name for p in here.iterdir()} - {p.name for p in before}
+    assert "new.safetensors" not in left
+
+
+@pytest.mark.parametrize("name", ["lr", "warmup", "smoothing", "ema"])
+def test_numbers_given_as_text_are_named(name):
+    with pytest.raises(ValueError, match=f"{name}='0.1'"):
+        Recipe(**{name: "0.1"})
