@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, kernel_choice
 from vitlab.models.vit import ViT, ViTConfig
-from vitlab.models.vit import macs as softmax_macs
 
 PUBLISHED = {"num_classes": 100, "dim": 384, "depth": 12, "heads": 6, "qkv_bias": False}
 # attention -> options, parameters, MACs of this design, parameters (M) and GMac as published
@@ -68,7 +67,7 @@ def test_closed_macs_are_the_counted_ones(kind, options, pool):
     config = ViTConfig(**SMALL, pool=pool, attention=kind, attention_args=options)
     model, plain = ViT(config), ViTConfig(**SMALL, pool=pool)
     n, d = config.tokens, config.dim
-    rest = softmax_macs(plain) - config.depth * (4 * n * d * d + 2 * n * n * d)
+    rest = plain.macs() - config.depth * (4 * n * d * d + 2 * n * n * d)
     assert counted(model, config) == rest + sum(b.attn.macs() for b in model.blocks)
 
 

@@ -1,7 +1,7 @@
 """The one Vision Transformer of the study.
 
-Every method is a constructor argument of this model: another attention class, stem, MLP or pooling, other widths.
-Parameters are named as in timm's `VisionTransformer`, so that weights move between the two (`models.timm`).
+A method is a field of its config: another attention, stem, MLP or pooling, other widths. Parameters are named as in
+timm's `VisionTransformer`, so that weights move between the two (`models.timm`).
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vitlab.models.attention import Attention, attention_class
+from vitlab.models.attention import attention_class
 from vitlab.models.checkpoint import as_dataclass, register
 from vitlab.models.layers import ACTIVATIONS, Block, ConvStem, PatchStem, norm
 from vitlab.models.shape import BlockShape
@@ -20,7 +20,7 @@ CHOICES = {
     "stem": STEMS, "mlp": ("plain", "conv", "glu", "glu_last"), "pos": ("learned", "patches", "none"),
     "pool": ("cls", "mean"), "pool_norm": ("before", "after"), "act": ACTIVATIONS,
 }  # fmt: skip
-COUNTS = ("image_size", "patch_size", "in_chans", "num_classes", "dim", "depth", "heads", "mlp_dim")
+COUNTS = dict.fromkeys(("image_size", "patch_size", "in_chans", "num_classes", "dim", "heads", "mlp_dim"), 1)
 
 
 def later(default):
@@ -33,9 +33,8 @@ def later(default):
 class ViTConfig:
     """Shape of a ViT; plain data, so that a checkpoint can carry it.
 
-    Sizes are in pixels (image, patch), channels (dim, mlp_dim, head_hidden) or counts. `mlp_dim` defaults to
-    4 * dim. `qkv_bias=False` and `head_hidden` (a hidden layer in the classifier) are what the
-    earlier projects used. `pool_norm="after"` is timm's `fc_norm`: the last LayerNorm follows the mean.
+    Sizes are in pixels (image, patch), channels (dim, mlp_dim, head_hidden) or counts. `mlp_dim` defaults to 4 * dim.
+    `qkv_bias=False` and `head_hidden` (a hidden layer in the classifier) are what the earlier projects used.
 
     blocks: a `BlockShape` for each block, where they are not all of the widths that heads, mlp_dim and drop_path give;
     `shapes` has them in either case. Of a model with pruned embedding channels, norm_dim is what its LayerNorms'
@@ -55,7 +54,7 @@ class ViTConfig:
     stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions
     pos: str = "learned"  # "learned" | of the "patches" alone | "none"
     pool: str = "cls"  # "cls" | "mean" of the patches
-    pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling
+    pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling (timm's fc_norm)
     distilled: bool = False  # DeiT's second token and head
     qkv_bias: bool = True
     head_hidden: int | None = None
@@ -100,10 +99,10 @@ class ViTConfig:
 
     def _check(self):
         given = self.blocks is not None
-        for name in COUNTS:
+        for name, least in (COUNTS | {"depth": int(not given), "registers": 0}).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < (name != "depth" or not given):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
         if self.dim % self.heads and not given:
@@ -120,8 +119,6 @@ class ViTConfig:
             raise ValueError("distilled=True needs pool='cls' and no registers: its token stands beside the CLS token")
         if self.class_token is False and self.pool == "cls":
             raise ValueError("pool='cls' needs the class token")
-        if not isinstance(self.registers, int) or self.registers < 0:
-            raise ValueError(f"registers={self.registers!r}: a whole number of at least 0 is needed")
         if self.norm_dim is not None and self.norm_dim < self.dim:
             raise ValueError(f"norm_dim={self.norm_dim} is less than the {self.dim} channels that there are")
         if given and self.attention != "softmax":
@@ -145,6 +142,11 @@ class ViTConfig:
     def grid(self):
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def mlp_layers(self):
+        """Matrices of D x H in the MLP."""
+        return 3 if self.mlp.startswith("glu") else 2
 
     @property
     def has_class_token(self):
@@ -191,12 +193,11 @@ class ViTConfig:
             with torch.device("meta"):
                 build = attention_class(self.attention)
                 other = build(d, self.heads, config=self, **dict(self.attention_args)).macs()
-        hidden, classes, layers = self.head_hidden, self.num_classes, 3 if self.mlp.startswith("glu") else 2
-        total = STEMS[self.stem].macs(self)
+        hidden, classes, total = self.head_hidden, self.num_classes, STEMS[self.stem].macs(self)
         total += (d * classes if hidden is None else d * hidden + hidden * classes) * (1 + self.distilled)
         for block in self.shapes:
             total += other or n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
-            total += block.hidden * (layers * n * d + (9 * self.grid**2 if self.mlp == "conv" else 0))
+            total += block.hidden * (self.mlp_layers * n * d + (9 * self.grid**2 if self.mlp == "conv" else 0))
         return total
 
 
@@ -223,8 +224,8 @@ class ViT(nn.Module):
             Block(config, attention, drop_path=shape.drop_path, shape=shape if own else None) for shape in config.shapes
         )
         self.norm = norm(config)
-        hidden, rate = config.head_hidden, config.head_dropout
-        self.head_drop = nn.Dropout(rate) if rate and hidden is None else None
+        dropped = config.head_dropout and config.head_hidden is None
+        self.head_drop = nn.Dropout(config.head_dropout) if dropped else None
         self.head = self._head()
         self.head_dist = self._head() if config.distilled else None
         self.apply(_init)
@@ -243,8 +244,8 @@ class ViT(nn.Module):
     def embed(self, images):
         """images B C H W -> tokens B N D: patches, then the prefix tokens before them, with positions."""
         config = self.config
-        if images.shape[1:] != (config.in_chans, config.image_size, config.image_size):
-            wanted = (config.in_chans, config.image_size, config.image_size)
+        wanted = (config.in_chans, config.image_size, config.image_size)
+        if images.shape[1:] != wanted:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}; this model takes {wanted}")
         x = self.patch_embed(images)  # B N D
         if config.pos == "patches":
@@ -297,6 +298,3 @@ def _init(module):
             nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-__all__ = ["Attention", "BlockShape", "ViT", "ViTConfig", "attention_class"]

@@ -14,8 +14,8 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     n: tokens that enter the first block, `prefix` of them never removed. Never fewer than `minimum` patches are left;
     the blocks in `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
-    "constant": removes the same number r from every block, as ToMe does (Bolya et al. 2023); r is
-        r_max * patches / layers, so that r_max is the share that is gone in the end (fractions of a token add up).
+    "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
+        there are so many (fractions of a patch add up).
 
     The rule says where a count acts; the numbers are the same for both:
     "published": after the block, so block l still computes with the count of block l - 1 and the last
@@ -26,7 +26,7 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     """
     _check(n, layers, r_max, alpha, rule, kind, prefix, minimum)
     shielded = protected(protect, layers)
-    patches, each, counts = n - prefix, r_max * (n - prefix) / layers, []
+    patches, each, counts = n - prefix, r_max * (n - prefix), []
     for layer in range(layers):
         if layer not in shielded:
             share = 1 - r_max * ((layer + 1) / layers) ** alpha
@@ -102,7 +102,7 @@ def macs(config, tokens):
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
     blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
-    layers = 3 if config.mlp.startswith("glu") else 2  # of an MLP
+    layers = config.mlp_layers
     read = 1 + config.distilled if config.pool == "cls" else 0
     counts, actions = tokens.counts_for(n, len(blocks), prefix), tokens.actions(len(blocks))
     # whether a block that removes nothing runs as it is, on fewer tokens too
