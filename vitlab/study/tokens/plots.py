@@ -106,7 +106,8 @@ def divergence(rows, *, title=""):
     shares = sorted(rows["at"].unique(), reverse=True)
     for share, (colour, marker) in colours(shares).items():
         part = rows[rows["at"] == share].set_index("method").reindex(order)
-        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=f"{100 * share:.0f} % of the MACs")
+        label = f"{100 * share:.0f} % of the MACs"
+        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=label)
     ax.set_yticks(range(len(order)), order)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="divergence from the plain model's predictions (nats)", title=title)
