@@ -1,5 +1,10 @@
 import pytest
-import torch
+
+from vitlab.utils import threads
+
+threads.wait_passively()
+
+import torch  # noqa: E402 - OpenMP reads how to wait when torch is loaded
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -36,6 +36,7 @@ PUBLIC = {
 # kind of model -> the module that registers its config (see models.checkpoint); a new method adds its line
 KINDS = {
     "vit": "vitlab.models.vit",
+    "favit": "vitlab.models.favit",
     "resnet": "vitlab.models.resnet",
     "timm": "vitlab.models.timm",
     "gated": "vitlab.compress.pruning.gates",

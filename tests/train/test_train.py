@@ -332,9 +332,12 @@ def test_impossible_recipes_are_refused(options, message):
         Recipe(**options)
 
 
-def test_a_batch_larger_than_the_data_is_refused(data):
-    with pytest.raises(ValueError, match="batch=100 is larger than the 64 training images"):
-        trained(data, dataclasses.replace(RECIPE, batch=100))
+def test_a_batch_larger_than_the_data_falls_to_what_fits_with_a_word(data):
+    said, large = [], dataclasses.replace(RECIPE, batch=100)
+    whole, _ = trained(data, dataclasses.replace(RECIPE, batch=64))
+    assert same(trained(data, large)[0], whole)
+    fit(whole, data, dataclasses.replace(large, epochs=1), log=said.append)
+    assert "batch=100 is larger than the 64 training images" in said[0]
 
 
 @pytest.mark.gpu

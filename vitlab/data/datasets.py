@@ -120,11 +120,10 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
     if size == sources.NATIVE.get(name):
         size = None
     if name == "tiny":
-        source, about = _prepared(_resized(sources.tiny(), size) if size else sources.tiny())
-    elif name.startswith("folder:"):
-        source, about = _opened(sources.plan(name, root, size), root, on_error, None)
-    else:
-        source, about = _opened(sources.plan(name, root), root, on_error, size)
+        source, about = _prepared(_resized(sources.tiny(), size))
+    else:  # images of a folder are decoded at their size, those of the others are scaled
+        scaled = None if name.startswith("folder:") else size
+        source, about = _opened(sources.plan(name, root, size), root, on_error, scaled)
     splits, sums, cut = _split(source, about["sums"], name, val, seed)
     sums = sums.sum(0).tolist()  # C [sum, sum of squares]
     count = len(splits["train"]) * splits["train"].images[0, 0].numel()
@@ -243,9 +242,7 @@ def _opened(plan, root, on_error, size):
     try:
         _write_cache(folders[-1] / file, plan.stamp, *prepared)
     except (OSError, SafetensorError) as error:
-        print(
-            f"{folders[-1] / file} cannot be written ({error}): the data are read anew each time", flush=True
-        )
+        print(f"{folders[-1] / file} cannot be written ({error}): the data are read anew each time", flush=True)
     return prepared
 
 
@@ -262,11 +259,13 @@ def _prepared(source):
 
 
 def _resized(source, size):
-    def scaled(images):
-        chunks = (F.interpolate(c, (size, size), mode="bicubic", antialias=True) for c in images.split(1000))
-        return torch.cat(list(chunks))
-
-    splits = {part: (scaled(images), labels) for part, (images, labels) in source.splits.items()}
+    """The source scaled to `size`; None leaves it as it is."""
+    if size is None:
+        return source
+    splits = {}
+    for part, (images, labels) in source.splits.items():
+        chunks = [F.interpolate(c, (size, size), mode="bicubic", antialias=True) for c in images.split(1000)]
+        splits[part] = torch.cat(chunks), labels
     return dataclasses.replace(source, splits=splits)
 
 

@@ -62,9 +62,7 @@ def folder_plan(path, size=None):
         items[part], names = listing(folder)
         if classes is not None and names != classes:
             odd = sorted(set(names) ^ set(classes))
-            raise ValueError(
-                f"folder:{path}: {folder.name} and train have different classes: {', '.join(odd[:10])}"
-            )
+            raise ValueError(f"folder:{path}: {folder.name} and train have different classes: {', '.join(odd[:10])}")
         classes = names
     facts = [[f"{part}/{n}", *_facts(parts[part] / n)] for part in items for n, _ in items[part]]
     stem = f"folder-{re.sub(r'[^A-Za-z0-9_-]+', '-', path.name)}-{digest(str(path.resolve()), 8)}-{size}"
@@ -95,9 +93,7 @@ def listing(folder):
     items, start = [], len(str(folder)) + 1
     for label, name in enumerate(classes):
         for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
-            names = (
-                os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS)
-            )
+            names = (os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS))
             items += [(n, label) for n in names if not re.search(r"(^|[\\/])\.", n)]
     demand_all(items, classes, f"{folder} (images end in {' '.join(KINDS)})")
     return items, classes

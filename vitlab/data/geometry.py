@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from vitlab.data.imageops import rotate
 
 
+def _check_chance(p, name):
+    if not (isinstance(p, (int, float)) and 0 <= p <= 1):
+        raise ValueError(f"{name} takes a probability of 0..1, not {p!r}")
+
+
 @functools.lru_cache(maxsize=256)
 def constant(values, device):
     """Numbers as a 1 C 1 1 tensor; kept, because copying them to a GPU waits for the host."""
@@ -70,31 +75,24 @@ class Crop:
 
     def draw(self, images, generator):
         """(top, left) in the padded image, int64 B."""
-        top, left = torch.randint(
-            2 * self.padding + 1, (2, len(images)), generator=generator, device=images.device
-        )
+        top, left = torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator, device=images.device)
         return top, left
 
     def apply(self, images, params):
         count, channels, height, width = images.shape
         if self.mode == "reflect" and self.padding >= min(height, width):
             raise ValueError(f"crop({self.padding}): the padding must be below the size, {height}x{width}")
-        padded = self._pad(images)
+        # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
+        source = images if images.device.type == "cpu" or self.mode == "zero" else images.float()
+        padded = F.pad(source, (self.padding,) * 4, mode={"zero": "constant"}.get(self.mode, self.mode)).to(
+            images.dtype
+        )
         top, left = params
         # every row of the result is one run of memory: its place in the padded batch, B C H
         row = torch.arange(count * channels, device=images.device).view(count, channels, 1) * padded.shape[2]
         row = row + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
         start = row * padded.shape[3] + left.view(-1, 1, 1)
         return padded.reshape(-1).unfold(0, width, 1).index_select(0, start.flatten()).view(images.shape)
-
-    def _pad(self, images):
-        sides = (self.padding,) * 4
-        if self.mode == "zero":
-            return F.pad(images, sides)
-        if images.device.type == "cpu" or images.is_floating_point():
-            return F.pad(images, sides, mode="reflect")
-        # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
-        return F.pad(images.float(), sides, mode="reflect").to(images.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class Flip:
     p: float = 0.5
 
     def __post_init__(self):
-        if not (isinstance(self.p, (int, float)) and 0 <= self.p <= 1):
-            raise ValueError(f"flip takes a probability of 0..1, not {self.p!r}")
+        _check_chance(self.p, "flip")
 
     def draw(self, images, generator):
         return (_uniform(generator, images.device, len(images)) < self.p,)
@@ -150,8 +147,7 @@ class Erase:
     mean: tuple | None = None
 
     def __post_init__(self):
-        if not (isinstance(self.p, (int, float)) and 0 <= self.p <= 1):
-            raise ValueError(f"erase takes a probability of 0..1, not {self.p!r}")
+        _check_chance(self.p, "erase")
         _check_range(self.scale, "erase scale")
         _check_range(self.ratio, "erase ratio")
         levels = self.value if isinstance(self.value, tuple) else (self.value,)

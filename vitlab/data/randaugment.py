@@ -41,8 +41,19 @@ def _draw(images, generator, bins, wide):
     return operation, torch.where(negative, -magnitude, magnitude)
 
 
+class Rounds:
+    """What is drawn in rounds, one operation an image in each: (operation, magnitude), both rounds x B."""
+
+    names = DRAWN  # the operations that may occur
+
+    def apply(self, images, params, grouped=None):
+        for operation, magnitude in zip(*params):
+            images = apply_operations(images, operation, magnitude, self.names, grouped)
+        return images
+
+
 @dataclass(frozen=True)
-class RandAugment:
+class RandAugment(Rounds):
     """`n` operations an image, drawn with replacement, all at bin `m` of 0..30 (arXiv:1909.13719)."""
 
     n: int = 2
@@ -56,26 +67,18 @@ class RandAugment:
         bins = torch.full((self.n, len(images)), self.m, device=images.device)
         return _draw(images, generator, bins, wide=False)
 
-    def apply(self, images, params, grouped=None):
-        for operation, magnitude in zip(*params):
-            images = apply_operations(images, operation, magnitude, grouped=grouped)
-        return images
-
 
 @dataclass(frozen=True)
-class TrivialAugment:
+class TrivialAugment(Rounds):
     """One operation an image at a random bin of the wide ranges: TrivialAugmentWide (arXiv:2103.10158)."""
 
     def draw(self, images, generator):
-        bins = torch.randint(BINS, (len(images),), generator=generator, device=images.device)
+        bins = torch.randint(BINS, (1, len(images)), generator=generator, device=images.device)
         return _draw(images, generator, bins, wide=True)
-
-    def apply(self, images, params, grouped=None):
-        return apply_operations(images, *params, grouped=grouped)
 
 
 @dataclass(frozen=True)
-class Jitter:
+class Jitter(Rounds):
     """torchvision's ColorJitter, in an order drawn for each image.
 
     The factors lie within 1 -+ brightness, contrast, saturation (not below 0), the turn of the hue within
@@ -88,19 +91,22 @@ class Jitter:
     hue: float = 0.0
 
     def __post_init__(self):
-        amounts = (self.brightness, self.contrast, self.saturation, self.hue)
+        amounts = self._amounts().values()
         if not all(isinstance(v, (int, float)) and 0 <= v < float("inf") for v in amounts) or self.hue > 0.5:
             raise ValueError(f"jitter takes amounts >= 0, hue at most 0.5, not {self}")
 
-    def _ranges(self):
-        names = ("Brightness", "Contrast", "Color", "Hue")
-        amounts = (self.brightness, self.contrast, self.saturation, self.hue)
-        return {name: amount for name, amount in zip(names, amounts) if amount}
+    def _amounts(self):
+        named = {"Brightness": self.brightness, "Contrast": self.contrast, "Color": self.saturation, "Hue": self.hue}
+        return {name: amount for name, amount in named.items() if amount != 0}
+
+    @property
+    def names(self):
+        return tuple(self._amounts())
 
     def draw(self, images, generator):
         options = {"generator": generator, "device": images.device, "dtype": torch.float64}
         count, operations, magnitudes = len(images), [], []
-        for name, amount in self._ranges().items():
+        for name, amount in self._amounts().items():
             low = max(-1.0, -amount)
             magnitudes.append(torch.rand(count, **options) * (amount - low) + low)
             operations.append(torch.full((count,), CODE[name], device=images.device))
@@ -108,8 +114,3 @@ class Jitter:
             return torch.empty(0, count), torch.empty(0, count)
         order = torch.rand(len(operations), count, **options).argsort(0)
         return torch.stack(operations).gather(0, order), torch.stack(magnitudes).gather(0, order)
-
-    def apply(self, images, params, grouped=None):
-        for operation, magnitude in zip(*params):
-            images = apply_operations(images, operation, magnitude, tuple(self._ranges()), grouped)
-        return images

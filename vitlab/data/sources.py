@@ -101,14 +101,10 @@ def _from_npz(name, path):
             for part in ("train", "test"):
                 parts[part] = data[f"x_{part}"], data[f"y_{part}"].ravel()
     except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} cannot be read as npz with x_train, y_train, x_test, y_test: {error}"
-        ) from error
+        raise ValueError(f"{path} cannot be read as npz with x_train, y_train, x_test, y_test: {error}") from error
     for part, (pixels, labels) in parts.items():
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3):
-            raise ValueError(
-                f"{path}: x_{part} is {pixels.dtype} {pixels.shape}, not uint8 ({len(labels)}, 32, 32, 3)"
-            )
+            raise ValueError(f"{path}: x_{part} is {pixels.dtype} {pixels.shape}, not uint8 ({len(labels)}, 32, 32, 3)")
         if _set_sum(pixels, labels) != CIFAR_SUMS[f"{name}/{part}"]:
             raise ValueError(
                 f"{path}: x_{part} and y_{part} are not pixels and labels of the official {name} (SHA-256 of "
@@ -163,10 +159,7 @@ def tiny_imagenet(root, on_error="raise"):
         except (KeyError, OSError, ValueError) as error:
             raise ValueError(f"{place} is not laid out as Tiny ImageNet: {error!r}") from error
         found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in sorted(names))
-        items = {
-            "train": [(m[0], number[m[1]]) for m in found if m and m[1] in number],
-            "test": marks,
-        }
+        items = {"train": [(m[0], number[m[1]]) for m in found if m and m[1] in number], "test": marks}
         if (len(items["train"]), len(marks)) != (100_000, 10_000):
             print(
                 f"{place}: {len(items['train']):,} train and {len(marks):,} validation images, not the "
@@ -228,9 +221,7 @@ def _shelf(place):
     try:
         archive = zipfile.ZipFile(place)
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{place} is not a whole zip file ({error}): remove it to have it downloaded again"
-        ) from error
+        raise ValueError(f"{place} is not a whole zip file ({error}): remove it to have it downloaded again") from error
     with archive:
         top = next((n.removesuffix("wnids.txt") for n in archive.namelist() if n.endswith("wnids.txt")), "")
         names = [n.removeprefix(top) for n in archive.namelist() if n.startswith(top)]

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 
 from vitlab.compress.budget import BudgetImpossible
@@ -94,8 +96,6 @@ def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=
     accuracy (%, validation images), latency_ms (of a batch; all models are timed against each other in turn,
     the unpruned one with them), images. The first row is unpruned; a share that a way cannot reach has no row.
     """
-    import pandas as pd
-
     shape, dtype = shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
     ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
     models = {("unpruned", 1.0): slim(arm.model).eval()}
@@ -120,8 +120,6 @@ def ranking(rows, title=""):
 
     Points up to one are drawn to scale, larger losses by their logarithm, so that a way that fails hides no other.
     """
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
     whole, cuts = rows[rows.way == "unpruned"], rows[rows.way != "unpruned"]
     before = whole.iloc[0]
@@ -143,8 +141,6 @@ def ranking(rows, title=""):
 def kept_share(config, masks):
     """What is left under `masks`, in %: a DataFrame, a row a block; columns: query/key, value, MLP and, of
     the value channels, each head."""
-    import pandas as pd
-
     lines = {}
     for i, block in enumerate(config.shapes):
         part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
@@ -160,8 +156,6 @@ def relative(rows, columns, base):
 
     A value that was not measured stays missing.
     """
-    import pandas as pd
-
     first = rows[rows.arm == base].set_index("seed")
     below = first.loc[rows.seed, columns].astype(float).to_numpy()
     return pd.concat([rows[["arm", "seed"]], 100 * (rows[columns].astype(float) / below - 1)], axis=1)

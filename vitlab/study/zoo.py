@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vitlab.models.checkpoint import Wrapper
+from vitlab.models.favit import VARIANTS
 from vitlab.models.vit import ViTConfig
 from vitlab.train.recipe import Recipe
 
@@ -29,6 +30,11 @@ class Spec:
         return "; ".join(self.changes)
 
 
+FAVIT_RECIPE = Recipe(
+    epochs=30, batch=128, lr=1e-3, warmup=5, smoothing=0.1, mixup=0.8, cutmix=1.0, ema=0.999,
+    augment="rrc+flip+randaugment(2,9)+jitter(0.4,0.4,0.4)+erase(0.25)",
+)  # fmt: skip
+
 SPECS = {
     spec.name: spec
     for spec in (
@@ -40,6 +46,20 @@ SPECS = {
             recipe=Recipe(
                 epochs=3, batch=64, optimizer="adam", lr=3e-4, weight_decay=0, schedule="constant", augment=""
             ),
+        ),
+        Spec(
+            name="S1/B1",
+            title="FaViT-B1",
+            dataset="cifar10",
+            config=VARIANTS["b1"],
+            recipe=FAVIT_RECIPE,
+        ),
+        Spec(
+            name="S1/B3",
+            title="FaViT-B3",
+            dataset="cifar10",
+            config=VARIANTS["b3"],
+            recipe=dataclasses.replace(FAVIT_RECIPE, epochs=50),
         ),
         Spec(
             name="S2/baseline",

@@ -5,9 +5,8 @@ random hangs on `recipe.seed` and the epoch, and the state is kept in one atomic
 was killed and started again ends where an undisturbed one would (bit for bit on the CPU).
 """
 
-import math
+import dataclasses
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from torch import nn
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
+from vitlab.train.progress import line, progress_bar, tensorboard_writer
 from vitlab.train.recipe import Recipe
 from vitlab.train.resume import TrainingState, carry_state
 from vitlab.utils import rng
@@ -97,15 +97,17 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     """
     device = next(model.parameters()).device
     data = data.to(device)
-    if len(data.train) < recipe.batch:
-        raise ValueError(f"batch={recipe.batch} is larger than the {len(data.train)} training images")
+    if (images := len(data.train)) < recipe.batch:
+        if log:
+            log(f"batch={recipe.batch} is larger than the {images} training images: they are taken as one batch")
+        recipe = dataclasses.replace(recipe, batch=images)
     run = _Run(model, data, recipe, objective, device, checkpoint)
     history = History()
     rng.seed_all(recipe.seed)
     state = TrainingState(checkpoint, recipe, run, on_epoch)
     history.rows = state.load()
     history.resumed = len(history)
-    writer = _writer(tensorboard, history.resumed, log)
+    writer = tensorboard_writer(tensorboard, history.resumed, log)
     last_save = time.monotonic()
     for epoch in range(len(history), recipe.epochs):
         if not run.begun:
@@ -118,7 +120,7 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
         row["seconds"] += time.perf_counter() - start
         history.rows.append(row)
         if log:
-            log(_line(name, row, recipe.epochs, history))
+            log(line(name, row, recipe.epochs, history))
         for key, value in row.items():
             if writer and key != "epoch":
                 writer.add_scalar(key, value, row["epoch"])
@@ -176,7 +178,7 @@ class _Run:
         draw = rng.generator(self.recipe.seed, "augment", epoch, device=self.device)
         order = rng.generator(self.recipe.seed, "shuffle", epoch, device=self.device)
         stream = batches(self.data.train, self.recipe.batch, generator=order, drop_last=True)
-        bar = _bar(self.steps, f"{name} epoch {epoch + 1}/{self.recipe.epochs}".strip())
+        bar = progress_bar(self.steps, f"{name} epoch {epoch + 1}/{self.recipe.epochs}".strip())
         begun, self.begun = self.begun, {}
         if begun:
             draw.set_state(begun.pop("draw").cpu())
@@ -262,39 +264,3 @@ def _check_deadline(history, state, log):
         if log:
             log(f"time budget: stopped after epoch {len(history)}; the next call goes on from there")
         raise BudgetSpent(f"stopped after epoch {len(history)}: the next one would not end before the deadline")
-
-
-def _writer(folder, resumed, log):
-    if not folder:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if log:
-            log("TensorBoard is not installed (pip install tensorboard): its scalars are not written")
-        return None
-    return SummaryWriter(folder, purge_step=resumed + 1)
-
-
-def _bar(total, text):
-    from tqdm import tqdm
-
-    # in a notebook or a log file the line per epoch is the progress; a bar there leaves litter
-    return tqdm(total=total, desc=text, leave=False, disable=not sys.stderr.isatty())
-
-
-def _line(name, row, epochs, history):
-    left = sum(r["seconds"] for r in history.rows[-5:]) / len(history.rows[-5:]) * (epochs - row["epoch"])
-    parts = [f"{name} epoch {row['epoch']:>{len(str(epochs))}}/{epochs}".strip(), f"loss {row['loss']:.3f}"]
-    if "accuracy" in row:
-        parts.append(f"train {row['accuracy']:.1f} %")
-    if "val_accuracy" in row:
-        parts.append(f"val {row['val_accuracy']:.2f} %")
-    parts += [f"lr {row['lr']:.1e}", f"{row['images_per_s']:,.0f} images/s", f"left {_clock(left)}"]
-    return "  ".join(parts)
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,192 @@
+"""What the study of factorised attention needs beside `Study`: the cost of ways to attend, and its pictures."""
+
+import math
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.ticker import NullFormatter
+
+from vitlab.metrics.meters import compare, peak_memory
+from vitlab.models.factorized import gridded, probsparse, ungridded
+from vitlab.study.plots import WIDTH, colours
+
+TABLE, FUSED, THINNED = "every pair, as a table", "every pair, fused (SDPA)", "thinned keys"
+PROBSPARSE, PUBLISHED = "ProbSparse", "thinned keys + ProbSparse as published"
+WINDOWS, DILATED = "windows", "dilated windows"
+
+
+def table_attention(query, key, value):
+    """Softmax attention with the whole N x M table in memory; B h N d."""
+    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+def thin(x, keys):
+    """B h N d on a square grid -> B h keys^2 d, each the mean of a cell of the grid."""
+    side, (b, h, _, d) = math.isqrt(x.shape[2]), x.shape
+    image = x.transpose(2, 3).reshape(b, h * d, side, side)
+    return F.adaptive_avg_pool2d(image, keys).view(b, h, d, keys**2).transpose(2, 3)
+
+
+def published_probsparse(query, key, value, *, top, samples):
+    """ProbSparse as the project codes it: every query gathers sampled keys of its own, the rest get zeros."""
+    count = key.shape[2]
+    drawn = torch.randint(count, (query.shape[2], samples), generator=torch.Generator().manual_seed(0))
+    gathered = key[:, :, drawn.to(key.device)]  # B h N samples d: this is what costs
+    logits = (query[:, :, :, None] @ gathered.mT).squeeze(-2)
+    rows = (logits.amax(-1) - logits.mean(-1)).topk(top, dim=-1).indices[..., None].expand(-1, -1, -1, query.shape[-1])
+    return torch.zeros_like(query).scatter(2, rows, table_attention(query.gather(2, rows), key, value))
+
+
+def windowed(query, key, value, *, window, dilated):
+    """Softmax attention of windows of a square grid; B h N d -> B h N d."""
+    b, h, n, d = query.shape
+    grids = (x.transpose(1, 2).reshape(b, math.isqrt(n), -1, h * d) for x in (query, key, value))
+    groups = (gridded(g, window, h, dilated=dilated) for g in grids)
+    out = ungridded(F.scaled_dot_product_attention(*groups), math.isqrt(n), dilated=dilated)
+    return out.flatten(1, 2).unflatten(-1, (h, d)).transpose(1, 2)
+
+
+def ways(n, *, window=7, keys=7, samples=25, top=5.0):
+    """{name: function(query, key, value)} of ways for n tokens (a square grid of whole windows) to attend.
+
+    keys: side of the thinned keys; samples: keys that judge a query, `top` ln n queries attend in full. In plain
+    ProbSparse (Informer) keys are not thinned and `top` ln n of them are sampled.
+    """
+    u = min(n, max(1, int(top * math.log(n))))
+    return {
+        TABLE: table_attention,
+        FUSED: F.scaled_dot_product_attention,
+        PROBSPARSE: lambda q, k, v: probsparse(q, k, v, top=u, samples=u)[0],
+        THINNED: lambda q, k, v: table_attention(q, thin(k, keys), thin(v, keys)),
+        PUBLISHED: lambda q, k, v: published_probsparse(q, thin(k, keys), thin(v, keys), top=u, samples=samples),
+        WINDOWS: lambda q, k, v: windowed(q, k, v, window=window, dilated=False),
+        DILATED: lambda q, k, v: windowed(q, k, v, window=window, dilated=True),
+    }
+
+
+def costs(sides, *, width=64, heads=1, seconds=0.1, device="cpu", **options):
+    """Rows (dicts) of time (ms) and memory (peak_mb, what the pass allocates; 1 MB is 1e6 bytes) of one image.
+
+    All ways in turns, at each grid side; pass: "forward", or "training" (with the gradients of query, key, value).
+    """
+    rows, device = [], torch.device(device)
+    for side in sides:
+        generator = torch.Generator().manual_seed(side)
+        tokens = torch.randn(3, 1, heads, side**2, width // heads, generator=generator).to(device)
+        for kind in ("forward", "training"):
+            calls = {name: _call(way, tokens, kind == "training") for name, way in ways(side**2, **options).items()}
+            timed = compare(calls, device=device, warmup=1, seconds=seconds, min_runs=3)
+            for name, time in timed.items():
+                memory = peak_memory(calls[name], None, device=device).activations
+                rows.append({"way": name, "pass": kind, "n": side**2, "ms": 1e3 * time.median_s,
+                             "peak_mb": memory / 1e6})  # fmt: skip
+    return rows
+
+
+def _call(way, tokens, training):
+    if not training:
+        return lambda: way(*tokens)
+    with torch.inference_mode(False):  # the meters run in inference mode, whose tensors cannot be differentiated
+        inputs = [t.clone().requires_grad_() for t in tokens]
+
+    def both():
+        with torch.inference_mode(False), torch.enable_grad():
+            out = way(*inputs)
+            return torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+
+    return both
+
+
+def cost_figure(rows):
+    """Time and memory of `costs` against the number of tokens, forward and training."""
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH * 1.15, 5.2), sharex=True)
+    looks, sizes = colours(dict.fromkeys(r["way"] for r in rows)), sorted({r["n"] for r in rows})
+    for line, (column, label) in zip(axes, (("ms", "ms an image"), ("peak_mb", "MB allocated"))):
+        for ax, kind in zip(line, ("forward", "training")):
+            for name, (colour, marker) in looks.items():
+                mine = sorted((r["n"], r[column]) for r in rows if r["way"] == name and r["pass"] == kind)
+                ax.plot(*zip(*mine), color=colour, marker=marker, markersize=4, label=name)
+            ax.set(xscale="log", yscale="log")
+            ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        line[0].set_ylabel(label)
+    for ax, kind in zip(axes[0], ("forward", "forward and backward")):
+        ax.set_title(kind)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def tint(image, there, strength=0.82):
+    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white; H W C floats.
+
+    An image of fewer pixels than the grid has cells is enlarged, so that no cell is lost.
+    """
+    scale = -(-4 * there.shape[-1] // image.shape[-1])
+    image = image.float().repeat_interleave(scale, 1).repeat_interleave(scale, 2) / 255
+    gone = 1 - F.interpolate(there[None, None].float(), image.shape[-2:], mode="nearest")[0]
+    return (image * (1 - strength * gone) + strength * gone).permute(1, 2, 0)
+
+
+def main_direction(grid):
+    """Grid H W C -> H W: the tokens along the direction in which they differ most (first principal component)."""
+    flat = grid.flatten(0, 1) - grid.flatten(0, 1).mean(0)
+    return (flat @ torch.linalg.svd(flat, full_matrices=False).Vh[0]).unflatten(0, grid.shape[:2])
+
+
+def sees(config, stage, query):
+    """{team: bool side x side}: the tokens whose values a query (row, column) of that stage can take in one block."""
+    side, window = config.sides[stage], config.windows(stage)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    step = side // window
+    found = {}
+    for team in config.team_widths(stage):
+        if team == "local":
+            found[team] = (row // window == query[0] // window) & (column // window == query[1] // window)
+        elif team == "dilated":
+            found[team] = (row % step == query[0] % step) & (column % step == query[1] % step)
+        else:
+            found[team] = torch.ones(side, side, dtype=torch.bool)
+    return found
+
+
+def journey(image, grids, config):
+    """An image (uint8 C H W), the tokens of each stage (grids 1 H W C), what the teams of a query in the middle see."""
+    figure, axes = plt.subplots(2, len(grids) + 1, figsize=(WIDTH * 1.2, WIDTH * 2.5 / (len(grids) + 1)))
+    axes[0][0].imshow(image.permute(1, 2, 0))
+    axes[0][0].set_title("image", fontsize=8)
+    for ax, grid, stage in zip(axes[0][1:], grids, range(len(grids))):
+        ax.imshow(main_direction(grid[0].float().cpu()), cmap="cividis")
+        ax.set_title(f"stage {stage + 1}: {grid[0].shape[0] ** 2:,} tokens", fontsize=8)
+    middle = (config.sides[0] // 2,) * 2
+    views = sees(config, 0, middle)
+    for ax in axes[1]:
+        ax.set_axis_off()
+    for ax, (team, there) in zip(axes[1], views.items()):
+        ax.imshow(tint(image, there))
+        ax.plot(*[(m + 0.5) * ax.images[0].get_array().shape[1] / config.sides[0] - 0.5 for m in middle], "r+")
+        ax.set_title(f"{team}: {int(there.sum()):,} of {there.numel():,}", fontsize=8)
+    for ax in axes[0]:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure
+
+
+def chosen_queries(images, chosen, sides):
+    """uint8 images N C H W and, under each, the queries that ProbSparse picks in each stage (all heads together)."""
+    stages = [(side, picked) for side, picked in zip(sides, chosen) if picked is not None]
+    figure, axes = plt.subplots(len(stages) + 1, len(images), squeeze=False,
+                                figsize=(WIDTH, WIDTH / len(images) * (len(stages) + 1) * 1.05))  # fmt: skip
+    for i, image in enumerate(images):
+        axes[0][i].imshow(image.permute(1, 2, 0))
+        for line, (side, picked) in zip(axes[1:], stages):
+            there = torch.zeros(side * side, dtype=torch.bool)
+            there[picked[i].flatten().cpu()] = True
+            line[i].imshow(tint(image, there.view(side, side)))
+    for line, label in zip(axes, ["image", *(f"stage {k + 1}\n{p.shape[-1]} of {s * s:,}"
+                                             for k, (s, p) in enumerate(stages))]):  # fmt: skip
+        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
+        for ax in line:
+            ax.set_axis_off()
+    return figure

@@ -1,0 +1,43 @@
+"""What a person sees of a training run: a line an epoch, a bar in a terminal, scalars for TensorBoard."""
+
+import math
+import sys
+
+
+def tensorboard_writer(folder, resumed, log):
+    """A writer of scalars into `folder` after `resumed` epochs; None without a folder or TensorBoard."""
+    if not folder:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if log:
+            log("TensorBoard is not installed (pip install tensorboard): its scalars are not written")
+        return None
+    return SummaryWriter(folder, purge_step=resumed + 1)
+
+
+def progress_bar(total, text):
+    """A bar of `total` steps, in a terminal only."""
+    from tqdm import tqdm
+
+    # in a notebook or a log file the line per epoch is the progress; a bar there leaves litter
+    return tqdm(total=total, desc=text, leave=False, disable=not sys.stderr.isatty())
+
+
+def line(name, row, epochs, history):
+    """The line of an epoch's `row`: loss, accuracies, rate, speed, and the time left of `epochs`."""
+    left = sum(r["seconds"] for r in history.rows[-5:]) / len(history.rows[-5:]) * (epochs - row["epoch"])
+    parts = [f"{name} epoch {row['epoch']:>{len(str(epochs))}}/{epochs}".strip(), f"loss {row['loss']:.3f}"]
+    if "accuracy" in row:
+        parts.append(f"train {row['accuracy']:.1f} %")
+    if "val_accuracy" in row:
+        parts.append(f"val {row['val_accuracy']:.2f} %")
+    parts += [f"lr {row['lr']:.1e}", f"{row['images_per_s']:,.0f} images/s", f"left {_clock(left)}"]
+    return "  ".join(parts)
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
