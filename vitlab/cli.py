@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 USAGE_CODE = 2
+DEVICE = {"default": "auto", "help": "auto, cpu or cuda"}
+SKIP = {"action": "store_true", "help": "leave out images that cannot be read"}
 
 RUN_HELP = """\
 Run the notebooks and keep their executed copies in executed/<preset>/, figures in figures/<preset>/ and
@@ -82,8 +84,8 @@ def add_train(commands):
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
     sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
     sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    sub.add_argument("--device", **DEVICE)
+    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_evaluate(commands):
@@ -91,8 +93,8 @@ def add_evaluate(commands):
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="any model that vitlab wrote")
     sub.add_argument("--dataset", help="default: what the model was trained on")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    sub.add_argument("--device", **DEVICE)
+    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_measure(commands):
@@ -103,8 +105,8 @@ def add_measure(commands):
     sub.add_argument("--batch-size", type=positive(int), default=256, help="images a pass for throughput and memory")
     sub.add_argument("--seconds", type=positive(float), default=2.0, help="for each timing")
     sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    sub.add_argument("--device", **DEVICE)
+    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_report(commands):
@@ -119,7 +121,7 @@ def add_data(commands):
     sub = commands.add_parser("data", help="fetch, check and describe data sets", allow_abbrev=False)
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
     sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    sub.add_argument("--skip-broken", **SKIP)
 
 
 # -------------------------------------------------------------------------------------------- values

@@ -176,6 +176,28 @@ def test_hydra_branches_share_keys_and_values():
     torch.testing.assert_close(attn(x), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_softmax_control_differs_in_the_product_alone():
+    """Of plain linear attention nothing but softmax is left; the others keep their convolutions, keys and branches."""
+    soft, config = build("linear", product="softmax")
+    x = tokens(config)
+    plain, _ = build("softmax")
+    plain.load_state_dict(soft.state_dict())
+    torch.testing.assert_close(soft(x), plain(x), atol=1e-5, rtol=1e-4)
+    for kind, options in (("ripple", {"stages": 2}), ("hydra", {"branches": 3})):
+        (one, config), (other, _) = build(kind, **options), build(kind, product="softmax", **options)
+        assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+        assert not torch.allclose(one(x), other(x), atol=1e-3) and other.map(x).shape == one.map(x).shape
+        rows = other.map(x).sum(-1)
+        torch.testing.assert_close(rows, torch.ones_like(rows), atol=1e-5, rtol=0)
+        shape = dict(**SMALL, attention=kind, attention_args=options | {"product": "softmax"})
+        assert counted(ViT(ViTConfig(**shape)), config) == ViTConfig(**shape).macs()
+    attn, _ = build("hydra", branches=3, product="softmax")
+    qkv = attn.packed(x)
+    for r in range(3):
+        alone = attn.attend(qkv[:, :, [r, 3, 4]])[:, :, 0]
+        torch.testing.assert_close(attn.attend(qkv)[:, :, r], alone, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["linear", "ripple", "hydra"])
 def test_every_parameter_learns_and_compiles(kind):
     torch.manual_seed(0)

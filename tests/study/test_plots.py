@@ -17,7 +17,7 @@ def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     frame = pd.DataFrame(np.random.default_rng(0).random((4, 3)), index=list("abcd"), columns=list("xyz"))
     rows = pd.DataFrame({"arm": ["a", "a", "b"], "macs": [1e6, 1e6, 5e6], "latency_ms": [1.0, 1.1, 2.0],
-                         "accuracy_top1": [50.0, 52.0, 60.0]})  # fmt: skip
+                         "accuracy_top1": [50.0, 52.0, 60.0], "dataset": ["x", "x", "y"]})  # fmt: skip
     made = {
         "pictures": plots.pictures(images, columns=3, rows=["one", "two"]),
         "patches": plots.patches(images[0], 4),

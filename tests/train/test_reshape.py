@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from vitlab.data.datasets import Dataset, Split
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.train.loop import Recipe, cross_entropy, fit
 from vitlab.train.resume import carry_state
@@ -14,17 +13,6 @@ from vitlab.utils import rng
 
 CONFIG = ViTConfig(image_size=16, patch_size=8, num_classes=4, dim=16, depth=2, heads=2, dropout=0.1, stem="conv")
 RECIPE = Recipe(epochs=3, batch=16, lr=1e-2, mixup=0.5, ema=0.9, augment="crop(2)+flip")
-
-
-@pytest.fixture(scope="module")
-def data():
-    torch.manual_seed(0)
-    labels = torch.arange(64) % 4
-    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8) // 2 + (labels * 30).byte()[:, None, None, None]
-    part = Split(images, labels)
-    return Dataset(
-        name="toy", train=part, val=part, test=part, classes=tuple("abcd"), mean=(0.5,) * 3, std=(0.25,) * 3, key="toy"
-    )
 
 
 class Stop:

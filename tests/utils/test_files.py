@@ -1,8 +1,12 @@
 """What keys are made of."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
-from vitlab.utils.files import LATER, identity, plain
+import pytest
+
+from vitlab.utils.files import LATER, identity, locked, plain
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,12 @@ def test_a_later_field_counts_only_where_it_is_used():
     assert identity(New(blocks=(New(dim=5),))) == plain(Old()) | {"blocks": [{"dim": 5, "shape": [1, 2]}]}
     assert identity({"model": New(base=New())}) == {"model": plain(Old()) | {"base": plain(Old())}}
     assert plain(New())["norm"] == "layer", "what is saved holds every field"
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    waiting = "import sys; from vitlab.utils.files import locked\nwith locked(sys.argv[1]): print('got it', flush=True)"
+    with locked(tmp_path / "new" / "lock"):
+        process = subprocess.Popen([sys.executable, "-c", waiting, tmp_path / "new" / "lock"], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+    assert process.communicate(timeout=60)[0] == b"got it\n"

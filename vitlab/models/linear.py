@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlab.models.attention import ATTENTIONS
-from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, linear_attention
+from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
 from vitlab.models.kernels.linear import macs as product_macs
+
+PRODUCTS = ("linear", "softmax")
 
 
 class LinearAttention(nn.Module):
@@ -17,24 +19,25 @@ class LinearAttention(nn.Module):
 
     `phi`: feature map, "relu" for [relu(x), relu(-x)] | "elu" for elu(x) + 1 | "softmax". `eps` is added to a
     sum of non-negative terms, so the denominator is positive by construction. `kernels`: "auto" (Triton on
-    CUDA, PyTorch elsewhere) | "off" | "on"; `kernel_choice` tells what a model really runs.
+    CUDA, PyTorch elsewhere) | "off" | "on"; `kernel_choice` tells what a model really runs. `product`: "linear" |
+    "softmax", the control that has all else (convolutions, pooled keys, branches, norm) but exact attention.
     """
 
     slots = 3  # query, key, value
 
-    def __init__(self, dim, heads, *, config, phi="relu", eps=EPS, kernels="auto", **unknown):
+    def __init__(self, dim, heads, *, config, phi="relu", eps=EPS, kernels="auto", product="linear", **unknown):
         super().__init__()
         name = type(self).__name__
         if unknown:
             raise ValueError(f"{name} takes no options {', '.join(unknown)}")
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: {name} has no probabilities to drop")
-        for key, value, allowed in (("phi", phi, PHIS), ("kernels", kernels, KERNELS)):
+        for key, value, allowed in (("phi", phi, PHIS), ("kernels", kernels, KERNELS), ("product", product, PRODUCTS)):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: choose one of {', '.join(allowed)}")
         self.heads, self.head_dim = heads, dim // heads
         self.grid, self.prefix = config.grid, config.prefix_tokens
-        self.phi, self.eps, self.kernels = phi, eps, kernels
+        self.phi, self.eps, self.kernels, self.product = phi, eps, kernels, product
         self.qkv = nn.Linear(dim, self.slots * dim, bias=config.qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -44,7 +47,12 @@ class LinearAttention(nn.Module):
 
     def attend(self, qkv, extra=None):
         """B N slots heads head_dim -> B N R heads head_dim."""
-        return linear_attention(qkv, extra, phi=self.phi, eps=self.eps, kernels=self.kernels)
+        if self.product == "linear":
+            return linear_attention(qkv, extra, phi=self.phi, eps=self.eps, kernels=self.kernels)
+        q = qkv[:, :, :-2].permute(0, 3, 2, 1, 4)  # B heads R N head_dim
+        k, v = (x.transpose(1, 2) for x in keys_values(qkv, extra))  # B heads M head_dim
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v)
+        return y.unflatten(2, q.shape[2:4]).permute(0, 3, 2, 1, 4)
 
     def image(self, qkv, slots=1):
         """The last `slots` slots of the patches, seen as an image B slots*D grid grid (no copy)."""
@@ -66,9 +74,10 @@ class LinearAttention(nn.Module):
 
     def _weights(self, qkv, keys):
         """phi(q) . phi(k) over their sum, B heads N M; the mean over query branches."""
-        q = features(qkv[:, :, :-2].permute(0, 2, 3, 1, 4), self.phi)  # B R h N F
-        k = features(keys.transpose(1, 2), self.phi).unsqueeze(1)  # B 1 h M F
-        score = q @ k.mT
+        q, k = qkv[:, :, :-2].permute(0, 2, 3, 1, 4), keys.transpose(1, 2).unsqueeze(1)  # B R h N d, B 1 h M d
+        if self.product == "softmax":
+            return (q @ k.mT * self.head_dim**-0.5).softmax(dim=-1).mean(dim=1)
+        score = features(q, self.phi) @ features(k, self.phi).mT
         return (score / (score.sum(dim=-1, keepdim=True) + self.eps * k.shape[-2])).mean(dim=1)
 
     def macs(self, tokens=None, keys=0):
@@ -76,6 +85,8 @@ class LinearAttention(nn.Module):
         tokens = tokens or self.grid**2 + self.prefix
         shape = (1, tokens, self.slots, self.heads, self.head_dim)
         weights = self.qkv.weight.numel() + self.proj.weight.numel()
+        if self.product == "softmax":
+            return tokens * weights + 2 * tokens * (self.slots - 2) * (tokens + keys) * self.heads * self.head_dim
         return tokens * weights + product_macs(shape, (1, keys), self.phi)
 
 

@@ -1,6 +1,5 @@
-"""Executed notebooks fit to be published: no machine paths, whole files, an HTML page each."""
+"""Executed notebooks fit to be published: no machine paths, whole files."""
 
-import html
 import os
 import re
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 
-from vitlab.run.notebooks import ADDED, INJECTED, inspect, marks
+from vitlab.run.notebooks import ADDED, INJECTED
 from vitlab.utils.files import write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -85,23 +84,3 @@ def save(node, path, said):
     """Write the notebook, with what it says of its run (`marks` reads that), whole or not at all."""
     node.metadata["vitlab"] = said
     write_text(path, nbformat.writes(node, version=4) + "\n")
-
-
-def render(path):
-    """Write site/<name>.html beside the executed notebook `path`, pictures inside, and site/index.html.
-
-    Only equations need a network when the page is read (MathJax); nothing does when it is made.
-    """
-    from jinja2 import DictLoader
-    from nbconvert import HTMLExporter
-
-    page = "{% extends 'lab/index.html.j2' %}{% block html_head_js_requirejs %}{% endblock %}"
-    exporter = HTMLExporter(template_name="lab", embed_images=True, template_file="page.html.j2",
-                            extra_loaders=[DictLoader({"page.html.j2": page})])  # fmt: skip
-    write_text(path.parent / "site" / f"{path.stem}.html", exporter.from_filename(str(path))[0])
-    pages = sorted(p for p in path.parent.glob("*.ipynb") if (p.parent / "site" / f"{p.stem}.html").exists())
-    lines = [f'<li><a href="{p.stem}.html">{html.escape(inspect(p).title)}</a>, '
-             f"{html.escape(str(marks(p).get('device')))}, {marks(p).get('commit')}</li>" for p in pages]  # fmt: skip
-    write_text(path.parent / "site" / "index.html",
-               f'<!doctype html><html lang="en"><meta charset="utf-8"><title>vitlab, preset {path.parent.name}</title>'
-               f"<h1>vitlab, preset {path.parent.name}</h1><ul>{''.join(lines)}</ul></html>\n")  # fmt: skip

@@ -20,7 +20,7 @@ PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is
 # against, which had the same training
 HEADLINES = {
     "S0": ("{S0/sparse/accuracy} with sparse attention, {S0/dense/accuracy} dense", "02", "S0/sparse", "S0/dense"),
-    "S1": ("{S1/favit/memory-saved} of the memory saved, and better than a plain ViT", "03", "S1/favit", "S1/plain"),
+    "S1": ("{S1/favit/memory-saved} of the memory saved, and better than a plain ViT", "03", "S1/B1", "plain ViT"),
     "S2": ("{S2/pruned-40-kd/accuracy} pruned by 40 % and distilled, {S2/baseline/accuracy} before", "04",
            "S2/pruned-40-kd", "S2/baseline-tuned"),
     "S3": ("{S3/pruned-alpha-1.2/speed-up} for {S3/pruned-alpha-1.2/accuracy-drop}", "05",

@@ -176,20 +176,20 @@ def run(project, jobs, resume=True, budget=None, timeout=None, width=1):
     parts = {p: _by_seed(job) for p, job in enumerate(jobs) if not (resume and standing(project, job) == SKIPPED)}
     last = {p for p, job in enumerate(jobs) if job.notebook.reads or parts.get(p)}
     with ThreadPoolExecutor(width) as pool:
+        seeds = [pool.submit(run_one, project, part, terms, True) for found in parts.values() for part in found]
+        others = {p: pool.submit(one, p) for p in range(len(jobs)) if p not in last}
         try:
-            seeds = [pool.submit(run_one, project, part, terms, True) for found in parts.values() for part in found]
-            others = {p: pool.submit(one, p) for p in range(len(jobs)) if p not in last}
             wait([*seeds, *others.values()])
-            # measured undisturbed, from arms that have been trained
-            alone = dataclasses.replace(terms, width=1, fresh=False)
-            found = {p: one(p, alone if parts.get(p) else terms) for p in sorted(last)}
         except KeyboardInterrupt:
             terms.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            send(terms.kernels, signal.SIGKILL)
+            while wait([*seeds, *others.values()], timeout=0.5).not_done:
+                send(terms.kernels, signal.SIGKILL)
             raise
-    found |= {p: future.result() for p, future in others.items()}
-    return [found[p] for p in range(len(jobs))]
+    # measured undisturbed, from arms that have been trained
+    alone = dataclasses.replace(terms, width=1, fresh=False)
+    found = {p: one(p, alone if parts.get(p) else terms) for p in sorted(last)}
+    return [found[p] if p in last else others[p].result() for p in range(len(jobs))]
 
 
 def _by_seed(job):
@@ -245,7 +245,6 @@ def _publish(project, job, scratch, said):
     publish.save(node, executed_path(project, job, failed), said)
     if not failed:
         executed_path(project, job, failed=True).unlink(missing_ok=True)
-        publish.render(executed_path(project, job))
     scratch.unlink()
 
 

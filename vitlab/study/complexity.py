@@ -1,7 +1,7 @@
 """How the cost of an attention layer grows with the number of tokens: operations, time, memory.
 
-`layers` builds attention layers of one width for square patch grids, `sweep` meters them against each other,
-`slope` and `crossing` read a growth and a break-even point off such a series.
+`sweep` meters attention layers of one width on square patch grids against each other; `slope` and `crossing` read a
+growth and a break-even point off such a series.
 """
 
 import math
@@ -9,7 +9,6 @@ import statistics
 from functools import partial
 
 import torch
-from torch import nn
 
 from vitlab.metrics.meters import compare, peak_memory, training_step
 from vitlab.models.vit import ViTConfig, attention_class
@@ -40,25 +39,19 @@ def crossing(ratios):
     return round(math.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
 
 
-class Layer(nn.Module):
-    """One attention layer on tokens B n D, the way a block of a mean-pooled ViT runs it."""
-
-    def __init__(self, side, *, dim, heads, attention="softmax", attention_args=(), qkv_bias=False):
-        super().__init__()
-        self.config = ViTConfig(image_size=side, patch_size=1, dim=dim, heads=heads, depth=1, pool="mean",
-                                qkv_bias=qkv_bias, attention=attention, attention_args=attention_args)  # fmt: skip
-        self.attn = attention_class(attention)(dim, heads, config=self.config, **dict(self.config.attention_args))
-
-    def forward(self, x):
-        return self.attn(x)
-
-
-def layer_macs(side, *, dim, heads, attention="softmax", attention_args=()):
-    """Closed-form multiply-accumulates of one layer on side^2 tokens of one image; nothing is computed."""
-    with torch.device("meta"):
-        layer = Layer(side, dim=dim, heads=heads, attention=attention, attention_args=attention_args).attn
+def layer(side, *, dim, heads, attention="softmax", attention_args=()):
+    """(an attention layer for tokens B n D, its MACs for one image) on n = side^2, as in a mean-pooled ViT."""
+    config = ViTConfig(image_size=side, patch_size=1, dim=dim, heads=heads, depth=1, pool="mean", qkv_bias=False,
+                       attention=attention, attention_args=attention_args)  # fmt: skip
+    made = attention_class(attention)(dim, heads, config=config, **dict(config.attention_args))
     # softmax: the projections and the two attention products
-    return layer.macs() if hasattr(layer, "macs") else 4 * side**2 * dim**2 + 2 * side**4 * dim
+    return made, made.macs() if hasattr(made, "macs") else 4 * side**2 * dim**2 + 2 * side**4 * dim
+
+
+def layer_macs(side, **shape):
+    """Closed-form multiply-accumulates of such a layer; nothing is computed."""
+    with torch.device("meta"):
+        return layer(side, **shape)[1]
 
 
 def order(attention, attention_args=(), *, dim=384, heads=6, side=512):
@@ -75,6 +68,12 @@ def order(attention, attention_args=(), *, dim=384, heads=6, side=512):
     return ("O(n)" if power == 1 else "O(n^2)"), growth
 
 
+def macs_crossover(attention, attention_args=(), *, sides=range(4, 129), **wide):
+    """The fewest tokens (a square grid) from which a layer needs fewer operations than softmax, None beyond sides."""
+    this = {"attention": attention, "attention_args": attention_args}
+    return next((s * s for s in sides if layer_macs(s, **this, **wide) < layer_macs(s, **wide)), None)
+
+
 def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, device="cpu", dtype=None, log=None):
     """Rows (dicts) of time and memory of one attention layer at each grid side, arms in turns.
 
@@ -87,23 +86,22 @@ def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, devi
     for side in sides:
         n = side * side
         images = max(1, (tokens or (2**18 if device.type == "cuda" else 2**11)) // n)
-        layers = {name: Layer(side, dim=dim, heads=heads, attention=a, attention_args=k).to(device).eval()
-                  for name, (a, k) in arms.items()}  # fmt: skip
-        counted = {name: layer_macs(side, dim=dim, heads=heads, attention=a, attention_args=k)
-                   for name, (a, k) in arms.items()}  # fmt: skip
+        made = {name: layer(side, dim=dim, heads=heads, attention=a, attention_args=k)
+                for name, (a, k) in arms.items()}  # fmt: skip
         x = torch.randn(images, n, dim, generator=torch.Generator().manual_seed(n)).to(device)
         for kind in PASSES:
-            mine = {name: training_step(layer, x, inputs=True) if kind == "training" else partial(layer, x)
-                    for name, layer in layers.items() if (name, kind) not in skip}  # fmt: skip
-            if not mine:
-                continue
-            timed = compare(mine, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3)
+            mine = {}
+            for name, (attend, _) in made.items():
+                if (name, kind) not in skip:
+                    attend = attend.to(device).eval()
+                    mine[name] = partial(attend, x) if kind == "forward" else training_step(attend, x, inputs=True)
+            timed = compare(mine, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3) if mine else {}
             for name, time in timed.items():
                 memory = peak_memory(mine[name], None, device=device, dtype=dtype)
-                rows.append({"arm": name, "pass": kind, "n": n, "side": side, "images": images,
-                             "ms": time.median_s * 1e3 / images, "ms_q25": time.q25_s * 1e3 / images,
-                             "ms_q75": time.q75_s * 1e3 / images, "peak_mb": memory.activations / 1e6 / images,
-                             "macs": counted[name]})  # fmt: skip
+                each = {key: value * 1e3 / images for key, value in
+                        (("ms", time.median_s), ("ms_q25", time.q25_s), ("ms_q75", time.q75_s))}  # fmt: skip
+                rows.append({"arm": name, "pass": kind, "n": n, "side": side, "images": images} | each
+                            | {"peak_mb": memory.activations / 1e6 / images, "macs": made[name][1]})  # fmt: skip
                 # four times the tokens cost at most sixteen times as much; five calls are made of it
                 if time.median_s * 5 * 16 > limit:
                     skip.add((name, kind))
@@ -112,34 +110,27 @@ def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, devi
     return rows
 
 
+def _series(rows, kind, column):
+    """{arm: {n: its value}} of one pass, without what was not measured."""
+    found = {r["arm"]: {} for r in rows}
+    for r in rows:
+        if r["pass"] == kind and r[column]:
+            found[r["arm"]][r["n"]] = r[column]
+    return found
+
+
 def growth(rows, column="ms"):
     """{pass: {arm: exponent of n in `column`, or None}} over the upper half of the sizes of each series."""
-    found = {}
-    for kind in PASSES:
-        for arm in dict.fromkeys(r["arm"] for r in rows):
-            mine = [(r["n"], r[column]) for r in rows if r["arm"] == arm and r["pass"] == kind and r[column]]
-            found.setdefault(kind, {})[arm] = slope(mine)
-    return found
+    return {kind: {arm: slope(values.items()) for arm, values in _series(rows, kind, column).items()}
+            for kind in PASSES}  # fmt: skip
 
 
 def crossovers(rows, against="softmax", column="ms"):
     """{pass: {arm: the n from which it stays below `against`, or None where it does not within the sizes}}."""
     found = {}
     for kind in PASSES:
-        series = {}
-        for r in rows:
-            if r["pass"] == kind:
-                series.setdefault(r["arm"], {})[r["n"]] = r[column]
+        series = _series(rows, kind, column)
         base = series.pop(against, {})
-        found[kind] = {arm: crossing([(n, v / base[n]) for n, v in values.items() if base.get(n) and v])
+        found[kind] = {arm: crossing([(n, v / base[n]) for n, v in values.items() if n in base])
                        for arm, values in series.items()}  # fmt: skip
     return found
-
-
-def macs_crossover(attention, attention_args=(), *, dim, heads, sides=range(4, 129)):
-    """The fewest tokens (a square grid) from which a layer needs fewer operations than softmax, None beyond sides."""
-    given = {"dim": dim, "heads": heads}
-    for side in sides:
-        if layer_macs(side, attention=attention, attention_args=attention_args, **given) < layer_macs(side, **given):
-            return side * side
-    return None

@@ -1,41 +1,38 @@
-"""What the study of linear attention needs beside `Study`: variants of a baseline, controls, readings of arms."""
+"""What the study of linear attention needs beside `Study`: variants of a baseline, its controls, receptive fields."""
 
 import dataclasses
-import statistics
 
 import torch
 
-from vitlab.models.vit import ViT
 from vitlab.utils.device import evaluating
 
 PUBLISHED = {"ripple": {"stages": 3}, "hydra": {"branches": 4}}
 
 
 def variant(spec, attention, *, name=None, title=None, **arguments):
-    """The Spec with another attention, and nothing else changed.
+    """The Spec with another attention, and nothing else changed: "S4/ripple", or "S4/ripple-small" of a stand-in.
 
     Attention is what the arm is about, so it is no change of the published setting; arguments other than the
     published ones (3 stages, 4 branches) are, and are listed in `changes`.
     """
     published = PUBLISHED.get(attention, {})
-    arguments = published | arguments
-    config = dataclasses.replace(spec.config, attention=attention, attention_args=tuple(arguments.items()))
+    config = dataclasses.replace(
+        spec.config, attention=attention, attention_args=tuple((published | arguments).items())
+    )
     changed = tuple(f"{key} {value} instead of {published.get(key, 'the default')}"
                     for key, value in arguments.items() if published.get(key) != value)  # fmt: skip
-    name = name or f"{spec.name.split('/')[0]}/{attention}"
+    size = "-small" if spec.name.endswith("-small") else ""
+    name = name or f"{spec.name.split('/')[0]}/{attention}{size}"
     return dataclasses.replace(spec, name=name, title=title or name, config=config, changes=spec.changes + changed)
 
 
-def ablation_name(attention, arguments):
-    """("ripple", {"stages": 2}) -> "ripple, stages 2"."""
-    return ", ".join([attention, *(f"{key} {value}" for key, value in arguments.items())])
-
-
 def ablations(spec, wanted):
-    """{name: Spec} of wanted {attention: [arguments, ...]}, each a variant of `spec`."""
-    return {ablation_name(attention, arguments): variant(spec, attention, name=ablation_name(attention, arguments),
-                                                         **arguments)
-            for attention, several in wanted.items() for arguments in several}  # fmt: skip
+    """{name: Spec} of wanted {attention: [arguments, ...]}, each a variant of `spec`: "ripple, stages 2"."""
+    found = {}
+    for attention, arguments in ((a, given) for a, several in wanted.items() for given in several):
+        name = ", ".join([attention, *(f"{key} {value}" for key, value in arguments.items())])
+        found[name] = variant(spec, attention, name=name, **arguments)
+    return found
 
 
 def same_macs(spec, target, name):
@@ -50,21 +47,8 @@ def same_macs(spec, target, name):
     if width < 1:
         raise ValueError(f"{name}: {target:,} MACs are less than {spec.name} costs without its MLP")
     changes = (*spec.changes, f"mlp_dim {width} instead of {config.mlp_dim}")
-    return dataclasses.replace(
-        spec, name=name, title=name, config=dataclasses.replace(config, mlp_dim=width), changes=changes
-    )
-
-
-def parameters(config):
-    """Number of parameters of the ViT of that configuration, without making any of them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in ViT(config).parameters())
-
-
-def images_a_second(arms):
-    """Median images a second in training over the epochs of all `arms`, without each run's first (it warms up)."""
-    rates = [r for arm in arms for r in (arm.history["images_per_s"][1:] or arm.history["images_per_s"])]
-    return statistics.median(rates)
+    config = dataclasses.replace(config, mlp_dim=width)
+    return dataclasses.replace(spec, name=name, title=name, config=config, changes=changes)
 
 
 def is_best(rows, name, group, column="val_accuracy"):
@@ -77,7 +61,8 @@ def receptive_field(model, images):
     """Effective receptive field (Luo et al. 2016, eq. 1) of the token in the middle of the patch grid, H W.
 
     The mean over normalised images B C H W of |d (sum of its last features) / d pixel|, channels summed, scaled to
-    a sum of 1. The model is run in eval mode; its mode is put back.
+    a sum of 1. A grid of even side has no middle: the token right below it is taken, and the first row and column
+    of patches are left out of the field, so that it lies in the centre of what is returned.
     """
     config = model.config
     images = images.detach().clone().requires_grad_()
@@ -87,7 +72,8 @@ def receptive_field(model, images):
             x = block(x)
         middle = config.prefix_tokens + (config.grid // 2) * (config.grid + 1)
         (slope,) = torch.autograd.grad(x[:, middle].sum(), images)
-    field = slope.abs().sum(dim=1).mean(dim=0)
+    uneven = 0 if config.grid % 2 else config.patch_size
+    field = slope.abs().sum(dim=1).mean(dim=0)[uneven:, uneven:]
     return field / field.sum()
 
 

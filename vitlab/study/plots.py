@@ -5,8 +5,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study.noise import over_seeds
@@ -73,8 +76,7 @@ def patches(image, patch):
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.7, WIDTH * 0.36))
     axes[0].imshow(image.permute(1, 2, 0).cpu())
     axes[0].set_title(f"{height} x {width} pixels", fontsize=9)
-    grid = (height // patch, width // patch)
-    gap = max(1, patch // 4)
+    grid, gap = (height // patch, width // patch), max(1, patch // 4)
     step = patch + gap
     sheet = np.full((grid[0] * step - gap, grid[1] * step - gap, channels), 255, np.uint8)
     for i in range(grid[0]):
@@ -108,31 +110,38 @@ def curves(arms, columns=("loss", "val_accuracy")):
                 ax.fill_between(epochs, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
         ax.set(xlabel="epoch", ylabel=labels.get(column, column))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0][-1].legend(fontsize=8)
-    return figure
-
-
-def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="arm"):
-    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds."""
-    figure, axes = plt.subplots(1, len(costs), figsize=(WIDTH, 3.1), sharey=True, squeeze=False)
-    look = colours(rows[by])
-    for ax, cost in zip(axes[0], costs):
-        for name, group in rows.groupby(by, sort=False):
-            colour, marker = look[name]
-            x, y = group[cost] * COLUMNS[cost].scale, group[quality]
-            error = y.std() if len(y) > 1 else None
-            ax.errorbar(x.median(), y.mean(), yerr=error, fmt=marker, color=colour, label=name, markersize=7)
-        ax.set(xscale="log", xlabel=axis(cost))
-        _plain_log(ax.xaxis)
-    axes[0][0].set_ylabel(axis(quality))
     axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _plain_log(axis_):
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="arm"):
+    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds.
 
-    axis_.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    Accuracies on different data do not compare: each data set gets a row of panels of its own.
+    """
+    sets = list(dict.fromkeys(rows.dataset))
+    figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + 2.5 * len(sets)), sharey="row",
+                                sharex="col", squeeze=False)  # fmt: skip
+    look = colours(rows[by])
+    for panels, data in zip(axes, sets):
+        for ax, cost in zip(panels, costs):
+            for name, group in rows[rows.dataset == data].groupby(by, sort=False):
+                colour, marker = look[name]
+                x, y = group[cost] * COLUMNS[cost].scale, group[quality]
+                ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
+                            label=name, markersize=7)  # fmt: skip
+            ax.set(xscale="log")
+            _plain_log(ax.xaxis)
+        panels[0].set_ylabel(axis(quality) + (f", {data}" if len(sets) > 1 else ""))
+        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for ax, cost in zip(axes[-1], costs):
+        ax.set_xlabel(axis(cost))
+    return figure
+
+
+def _plain_log(axis_):
+    low, high = axis_.get_view_interval()
+    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
     axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis_.set_minor_formatter(NullFormatter())
 
@@ -168,6 +177,8 @@ def heatmap(frame, *, label, digits=1, centre=None, title="", annotate=None):
                 annot_kws={"fontsize": 7}, cbar_kws={"label": label})  # fmt: skip
     ax.set_title(title)
     ax.tick_params(axis="y", rotation=0)
+    if annotate:
+        ax.set_xticks(ax.get_xticks(), [str(c).replace(" ", "\n") for c in frame.columns], rotation=0)
     return figure
 
 
@@ -204,10 +215,59 @@ def per_class(scores, classes):
     return figure
 
 
+PANELS = (
+    ("forward", "ms", "forward (ms)"),
+    ("training", "ms", "forward + backward (ms)"),
+    ("training", "peak_mb", "memory in training (MB)"),
+    ("forward", "macs", "MACs"),
+)
+
+
+def scaling(rows, crossings=None):
+    """Time, memory and operations of a layer against tokens n, log-log; `rows` as `complexity.sweep` gives them.
+
+    crossings: {pass: {arm: n or None}}; each is marked by a dotted line in the arm's colour in that pass's panel
+    of time. Bands are quartiles.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
+    for ax, (kind, column, label) in zip(axes.flat, PANELS):
+        for arm, (colour, marker) in colours(r["arm"] for r in rows).items():
+            mine = [r for r in rows if r["arm"] == arm and r["pass"] == kind]
+            n = [r["n"] for r in mine]
+            ax.plot(n, [r[column] for r in mine], marker=marker, color=colour, markersize=5, label=arm)
+            if column == "ms":
+                low, high = ([r[f"ms_{q}"] for r in mine] for q in ("q25", "q75"))
+                ax.fill_between(n, low, high, color=colour, alpha=0.2, linewidth=0)
+                if at := (crossings or {}).get(kind, {}).get(arm):
+                    ax.axvline(at, color=colour, linestyle=":", linewidth=1.2)
+        ax.set(yscale="log", ylabel=label)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for ax in axes[1]:
+        ax.set_xlabel("tokens n of one image")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def fields(found, *, patch):
+    """Receptive fields {name: H W, sum 1} on one logarithmic colour scale; framed: the token's own patch."""
+    top = max(100 * field.max().item() for field in found.values())
+    scale = LogNorm(top * 1e-4, top)
+    figure, axes = plt.subplots(1, len(found), figsize=(min(WIDTH, 2.4 * len(found)), 2.6), squeeze=False)
+    for ax, (name, field) in zip(axes[0], found.items()):
+        drawn = ax.imshow((100 * field).clamp_min(scale.vmin).cpu().numpy(), cmap="magma", norm=scale)
+        at = field.shape[-1] // patch // 2 * patch - 0.5
+        ax.add_patch(plt.Rectangle((at, at), patch, patch, fill=False, color="white", linewidth=1))
+        ax.set_title(name, fontsize=9)
+        ax.set_axis_off()
+    bar = figure.colorbar(drawn, ax=axes[0].tolist(), shrink=0.75)
+    bar.set_label("% of the influence, a pixel", fontsize=8)
+    return figure
+
+
 def attention(images, maps, titles=None):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
-    names = list(maps)
-    count = len(images)
+    names, count = list(maps), len(images)
     figure, axes = plt.subplots(1 + len(names), count, figsize=(WIDTH, WIDTH / count * (1 + len(names)) * 1.06),
                                 squeeze=False)  # fmt: skip
     for i in range(count):
@@ -229,8 +289,6 @@ def attention(images, maps, titles=None):
 
 def table(rows, columns, by="arm"):
     """A DataFrame to read: one line an arm, mean ± standard deviation over seeds, "not measured" where so."""
-    import pandas as pd
-
     lines = {}
     for name, group in rows.groupby(by, sort=False):
         lines[name] = {}

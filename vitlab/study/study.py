@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from vitlab.data import datasets
@@ -25,11 +26,11 @@ from vitlab.study import plots, verdicts, zoo
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
-from vitlab.utils.files import described, digest, identity, write_json
+from vitlab.utils.files import described, digest, identity, locked, write_json
 from vitlab.utils.provenance import provenance
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"  # trained arms that come with the project
-NO_ROWS = ("claims.json", "conclusions.json")  # beside the rows of a notebook
+NO_ROWS = {"verdicts": "claims.json", "conclusions": "conclusions.json"}  # files beside the rows of a notebook
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Study:
         self._data, self._trained = {}, set()
         hold_memory()
         plots.theme()
-        _whole_tables()
+        # tables in a notebook are shown whole: a note that is cut off tells nothing
+        pd.set_option("display.max_colwidth", None, "display.max_rows", 200)
 
     def folder(self, kind):
         """results/ or figures/ of this notebook and preset."""
@@ -105,25 +107,26 @@ class Study:
         recipe = dataclasses.replace(spec.recipe, seed=seed)
         key = arm_key(spec.config, recipe, data.key, start=start, objective=objective, on_epoch=on_epoch)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
-        stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
-        if stored:
-            return self.load(stored, spec, name=name, seed=seed)
-        rng.seed_all(seed)
-        model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
-        self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
-        if self.fresh:
+        with locked(state.with_suffix(".lock")):  # another job may be training it
+            stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
+            if stored:
+                return self.load(stored, spec, name=name, seed=seed)
+            rng.seed_all(seed)
+            model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
+            self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
+            if self.fresh:
+                state.unlink(missing_ok=True)
+            history = fit(
+                model, data, recipe, objective=objective, on_epoch=on_epoch, checkpoint=state, log=self.log, name=name,
+                tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
+            )  # fmt: skip
+            about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
+                     "start": start and start.key, "history": history.rows}  # fmt: skip
+            checkpoint.save(model, path, about | provenance(self.device))
             state.unlink(missing_ok=True)
-        history = fit(
-            model, data, recipe, objective=objective, on_epoch=on_epoch, checkpoint=state, log=self.log, name=name,
-            tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
-        )  # fmt: skip
-        about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
-                 "start": start and start.key, "history": history.rows}  # fmt: skip
-        checkpoint.save(model, path, about | provenance(self.device))
-        state.unlink(missing_ok=True)
-        self._trained.add(key)
-        return Arm(name, seed, key, model, history, spec)
+            self._trained.add(key)
+            return Arm(name, seed, key, model, history, spec)
 
     def arms(self, spec, data, seeds, **options):
         """`arm` for each seed."""
@@ -167,15 +170,12 @@ class Study:
 
     def rows(self, arms, data, **options):
         """A DataFrame of the rows of several arms on the same data."""
-        import pandas as pd
-
         return pd.DataFrame([self.row(arm, data, **options) for arm in arms])
 
     def scores(self, arm, data):
         """The `Accuracy` of an arm on the test split (confusion matrix, per class)."""
-        dtype = arm.spec.recipe.torch_dtype(self.device)
-        classes = data.num_classes
-        return accuracy(arm.model, data.test, mean=data.mean, std=data.std, num_classes=classes, dtype=dtype)
+        return accuracy(arm.model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes,
+                        dtype=arm.spec.recipe.torch_dtype(self.device))  # fmt: skip
 
     # -------------------------------------------------------------------------------- figures and claims
 
@@ -190,16 +190,14 @@ class Study:
         sentences in the order in which they were first said.
         """
         self.conclusions[about or text] = {"about": about, "text": text}
-        rows = list(self.conclusions.values())
-        write_json(self.folder("results") / "conclusions.json", {"conclusions": rows} | provenance(self.device))
+        self._write("conclusions", list(self.conclusions.values()))
         say(text)
 
     def settle(self, claim, values, *, as_published, why=""):
         """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
         verdict = verdicts.settle(claim, values, as_published=as_published, why=why)
         self.verdicts[verdict.claim] = verdict
-        rows = [v.to_row() for v in self.verdicts.values()]
-        write_json(self.folder("results") / "claims.json", {"verdicts": rows} | provenance(self.device))
+        self._write("verdicts", [v.to_row() for v in self.verdicts.values()])
         return verdict
 
     def settle_rows(self, rows, selected):
@@ -208,14 +206,17 @@ class Study:
             values, as_published, why = verdicts.answers(claim, rows)
             self.settle(claim, values, as_published=as_published, why=why)
 
+    def _write(self, what, rows):
+        write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
+
     def claims_table(self, selected):
         """claimed | measured | verdict | note of the selected claims; what was not settled is pending."""
         return verdicts.table(selected, self.verdicts.values())
 
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
-        pending = verdicts.settle
-        return verdicts.summary([self.verdicts.get(c.id) or pending(c, None, as_published=False) for c in selected])
+        pending = (verdicts.Verdict(claim=claim.id, status="pending") for claim in selected)
+        return verdicts.summary([self.verdicts.get(verdict.claim, verdict) for verdict in pending])
 
 
 def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epoch=()):
@@ -226,11 +227,8 @@ def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epo
     is not part of it.
     """
     known = {k: v for k, v in identity(recipe).items() if k not in ("compile", "dtype")}
-    method = {
-        "start": start and start.key,
-        "objective": None if objective is cross_entropy else described(objective),
-        "on_epoch": [described(hook) for hook in on_epoch],
-    }
+    method = {"start": start and start.key, "on_epoch": [described(hook) for hook in on_epoch],
+              "objective": None if objective is cross_entropy else described(objective)}  # fmt: skip
     method = {k: v for k, v in method.items() if v}
     return digest([type(config).__name__, identity(config), known, data, method or ""])
 
@@ -238,13 +236,6 @@ def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epo
 def _shipped(key):
     """Path of the trained arm of that key that comes with the project, or None."""
     return next((p for p in sorted(DEMO.glob("*.safetensors")) if checkpoint.read(p).about.get("key") == key), None)
-
-
-def _whole_tables():
-    """Tables in a notebook are shown whole: a note that is cut off tells nothing."""
-    import pandas as pd
-
-    pd.set_option("display.max_colwidth", None, "display.max_rows", 200)
 
 
 def say(text):
@@ -256,7 +247,5 @@ def say(text):
 
 def read_rows(root, preset, notebook="*"):
     """A DataFrame of all rows under results/<preset>/<notebook>/; empty where there are none."""
-    import pandas as pd
-
     files = sorted(Path(root, "results", preset).glob(f"{notebook}/*.json"))
-    return pd.DataFrame([json.loads(f.read_text()) for f in files if f.name not in NO_ROWS])
+    return pd.DataFrame([json.loads(f.read_text()) for f in files if f.name not in NO_ROWS.values()])

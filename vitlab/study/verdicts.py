@@ -19,6 +19,8 @@ import numbers
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+import pandas as pd
+
 from vitlab.models.checkpoint import as_dataclass
 from vitlab.study.claims import get, quantity
 from vitlab.study.noise import NOISE, interval
@@ -85,7 +87,7 @@ def answers(claim, rows):
     on = " on tiny-imagenet" if claim.metric == "tiny-imagenet-accuracy" else ""
 
     def of(model):
-        return rows[rows.arm.str.removesuffix("-small") == f"{claim.project}/{model}{on}"].set_index("seed")
+        return rows[rows.arm.str.replace("-small", "") == f"{claim.project}/{model}{on}"].set_index("seed")
 
     mine = of(claim.model)
     if claim.against:
@@ -186,8 +188,6 @@ def table(claims, verdicts=()):
     A claim without a verdict is pending; one with several (as published, and as described) has a row for
     each. Verdicts on other claims are left out.
     """
-    import pandas as pd
-
     rows, verdicts = [], tuple(verdicts)
     for claim in claims:
         mine = [v for v in verdicts if v.claim == claim.id]

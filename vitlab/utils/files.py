@@ -37,6 +37,19 @@ def atomic(path):
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock file `path` for a block; wait while another process holds it (not on Windows)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def plain(value):
     """`value` with dataclasses, tuples, sets and paths turned into what JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

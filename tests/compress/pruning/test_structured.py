@@ -9,6 +9,7 @@ from vitlab.compress.pruning.criteria import score
 from vitlab.compress.pruning.gates import L1, GatedViT
 from vitlab.compress.pruning.shape import prunable, sizes
 from vitlab.compress.pruning.structured import masked, prune, shape_of, slim
+from vitlab.data.datasets import load
 from vitlab.models import checkpoint
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.train.loop import Batch
@@ -46,11 +47,18 @@ def test_everything_pruned_leaves_biases_and_head():
 
 
 def test_prune_is_score_select_and_slim_in_one_call():
-    model, data = ours("cls"), [(images(), torch.arange(4))]
+    model, batches = ours("cls"), [(images(), torch.arange(4))]
     target = int(0.6 * shape_of(model).macs())
-    small, masks = prune(model, data=data, macs=target, multiple=4)
-    assert small.config.macs() <= target and torch.allclose(small(images()), masked(model, masks)(images()), atol=1e-5)
-    assert masks.keys() == sizes(shape_of(model), ("qk", "v", "mlp")).keys()
+    small = prune(model, batches, macs=target, multiple=4)
+    masks = select(shape_of(model), score(model, "taylor", data=batches), macs=target, multiple=4)
+    assert small.config.macs() <= target and torch.equal(small(images()), slim(model, masks)(images()))
+
+
+def test_prune_takes_a_data_set():
+    tiny = load("tiny")
+    config = ViTConfig(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
+    small = prune(ViT(config), tiny, ratio=0.5, images=32, multiple=1)
+    assert small.config.macs() < config.macs() and small(images()).shape == (4, 10)
 
 
 def test_slim_is_pruned_again():

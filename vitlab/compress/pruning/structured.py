@@ -1,6 +1,6 @@
 """Exact structured pruning of Vision Transformers.
 
-    small, masks = prune(model, data=calibration(data), macs=0.6 * shape_of(model).macs())
+    small = prune(model, data, macs=0.6 * shape_of(model).macs())
 
 is, in steps,
 
@@ -16,9 +16,10 @@ import copy
 import torch
 
 from vitlab.compress.pruning.budget import select
-from vitlab.compress.pruning.criteria import score
+from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import GatedViT
 from vitlab.compress.pruning.shape import kept, narrow, prunable
+from vitlab.data.datasets import Dataset
 
 
 def shape_of(model):
@@ -102,13 +103,16 @@ def _block(state, block, heads, hidden, embed):
     return {k: w for k, w in new.items() if k.rpartition(".")[0] not in gone}
 
 
-def prune(model, *, criterion="taylor", kinds=("qk", "v", "mlp"), data=None, seed=0, norm="all", **budget):
-    """Score, select and cut in one call: (the smaller plain ViT, masks).
+def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all", **budget):
+    """The plain, smaller ViT that is left of a model within a budget: scored, selected and cut in one call.
 
-    model: a ViT of ours or timm's. criterion, kinds, data: as in `criteria.score` ("taylor" needs data, see
-    `criteria.calibration`); norm: as in `slim`; budget: one of ratio=, macs=, latency= and further options of
-    `budget.select`. Raises ValueError for a model that cannot be pruned and for a budget that cannot be met.
+    model: a ViT of ours or timm's, or a GatedViT. data: a Dataset, of which `images` of the training split are drawn
+    from `seed`, or [(images, labels), ...] as the model takes them; "magnitude", "geometric-median", "random" and
+    "gates" need none. criterion, kinds: as in `score`; norm: as in `slim`; budget: one of ratio=, macs=, latency=, and
+    further options of `select`. Raises ValueError for a model that cannot be pruned and a budget that cannot be met.
     """
-    scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
-    masks = select(shape_of(model), scores, **budget)
-    return slim(model, masks, norm), masks
+    shape = shape_of(model)
+    if isinstance(data, Dataset):
+        data = calibration(data, images, seed=seed, size=shape.image_size)
+    masks = select(shape, score(model, criterion, kinds=kinds, data=data, seed=seed), **budget)
+    return slim(model, masks, norm)
