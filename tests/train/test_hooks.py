@@ -157,3 +157,11 @@ def test_a_timm_model_trains_and_resumes_like_ours(data, tmp_path):
     part = build()
     fit(part, data, recipe, log=None, checkpoint=tmp_path / "t", save_every=0)
     assert same(whole, part)
+
+
+def test_classes_that_cannot_be_learnt_are_refused(data):
+    alone = dataclasses.replace(data, classes=("cat",))
+    with pytest.raises(ValueError, match=r"toy has one class \(cat\)"):
+        trained(alone)
+    with pytest.raises(ValueError, match="tells 7 classes apart, toy has 4"):
+        fit(ViT(dataclasses.replace(CONFIG, num_classes=7)), data, RECIPE, log=None)

@@ -93,10 +93,12 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     end the model holds the averaged weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
 
     Raises NotFinite (epoch, step, what to try; the checkpoint stays the last good one), BudgetSpent when the
-    environment's VITLAB_DEADLINE (unix seconds) is near, ValueError for a checkpoint of another run.
+    environment's VITLAB_DEADLINE (unix seconds) is near, ValueError for a checkpoint of another run, for data of one
+    class, or of another number of classes than the model's.
     """
     device = next(model.parameters()).device
     data = data.to(device)
+    _check_classes(model, data)
     if (images := len(data.train)) < recipe.batch:
         if log:
             log(f"batch={recipe.batch} is larger than the {images} training images: they are taken as one batch")
@@ -239,6 +241,14 @@ class _Run:
             f"more warmup (now {recipe.warmup:g} epochs){clip}{' or float32' * (self.dtype != torch.float32)}."
             f"{f' The last good state is in {self.checkpoint}.' if kept else ''}"
         )
+
+
+def _check_classes(model, data):
+    if data.num_classes < 2:
+        raise ValueError(f"{data.name} has one class ({', '.join(data.classes)}): there is nothing to tell apart")
+    known = getattr(getattr(model, "config", model), "num_classes", None)
+    if known and known != data.num_classes:
+        raise ValueError(f"the model tells {known} classes apart, {data.name} has {data.num_classes}")
 
 
 def _validation(model, data, dtype):
