@@ -48,20 +48,6 @@ SPECS = {
             ),
         ),
         Spec(
-            name="S1/B1",
-            title="FaViT-B1",
-            dataset="cifar10",
-            config=VARIANTS["b1"],
-            recipe=FAVIT_RECIPE,
-        ),
-        Spec(
-            name="S1/B3",
-            title="FaViT-B3",
-            dataset="cifar10",
-            config=VARIANTS["b3"],
-            recipe=dataclasses.replace(FAVIT_RECIPE, epochs=50),
-        ),
-        Spec(
             name="S2/baseline",
             title="Structured pruning's baseline",
             dataset="cifar10",
@@ -104,8 +90,8 @@ SPECS = {
     )
 }
 
-# trained beside a baseline of SPECS, each in one notebook; `get` and `scaled` know them too
-BESIDE = {
+# what later notebooks train beside a baseline of SPECS; `get` and `scaled` know them too
+OTHERS = {
     spec.name: spec
     for spec in (
         dataclasses.replace(
@@ -124,6 +110,20 @@ BESIDE = {
             ),
         ),
         Spec(
+            name="S1/B1",
+            title="FaViT-B1",
+            dataset="cifar10",
+            config=VARIANTS["b1"],
+            recipe=FAVIT_RECIPE,
+        ),
+        Spec(
+            name="S1/B3",
+            title="FaViT-B3",
+            dataset="cifar10",
+            config=VARIANTS["b3"],
+            recipe=dataclasses.replace(FAVIT_RECIPE, epochs=50),
+        ),
+        Spec(
             name="S2/tiny",
             title="Structured pruning's tiny student",
             dataset="cifar10",
@@ -138,7 +138,7 @@ BESIDE = {
 
 def get(name):
     """The Spec of that name; an unknown one is a ValueError with the list."""
-    known = SPECS | BESIDE
+    known = SPECS | OTHERS
     if name not in known:
         raise ValueError(f"unknown model {name!r}; there are: {', '.join(known)}")
     return known[name]
