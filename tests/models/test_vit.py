@@ -146,7 +146,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
         ({"class_token": False}, "needs the class token"),
         ({"registers": -1}, "registers=-1"),
         ({"norm_dim": 100}, "norm_dim=100 is less than the 192"),
-        ({"attention": "linear", "blocks": ()}, "only softmax and topk attention have blocks of their own widths"),
+        ({"attention": "linear", "blocks": ()}, "cannot have blocks of their own widths"),
         ({"act": "swish"}, "act='swish': choose one of gelu"),
     ],
 )

@@ -122,8 +122,7 @@ class ViTConfig:
         if self.norm_dim is not None and self.norm_dim < self.dim:
             raise ValueError(f"norm_dim={self.norm_dim} is less than the {self.dim} channels that there are")
         if given and self.attention not in ("softmax", "topk"):
-            kind = f"attention={self.attention!r}"
-            raise ValueError(f"{kind}: only softmax and topk attention have blocks of their own widths")
+            raise ValueError(f"attention={self.attention!r} cannot have blocks of their own widths; softmax, topk can")
         for name, value in self.attention_args:
             if isinstance(value, tuple) and len(value) != self.depth:
                 raise ValueError(f"{name}={value}: one for all blocks, or one for each of the {self.depth}, is needed")
@@ -180,13 +179,9 @@ class ViTConfig:
         with torch.device("meta"):  # shapes are enough
             return sum(p.numel() for p in self.build().parameters())
 
-    def padded(self, block):
-        """Width that the heads of `block`, a BlockShape, are filled up to, for one fused attention; 0 for none."""
-        return 0 if self.qk_norm else block.padded
-
     def products(self, block):
         """Channels that take part in the two products of tokens with tokens, those that are filled up counted."""
-        padded = 2 * self.padded(block) * len(block.each_head)
+        padded = 0 if self.qk_norm else 2 * block.padded * len(block.each_head)
         return padded or sum(qk + v for qk, v in block.each_head if qk)
 
     def macs(self):
@@ -194,8 +189,8 @@ class ViTConfig:
 
         Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
         N D (2 Q + V) + N^2 (Q + V) + N V D, or what an attention of another kind says, + 2 N D H (3 with a GLU)
-        + 9 n H for a depthwise 3x3 over n patches. Where heads are `padded`, the products of tokens are those of the
-        padded widths; else a head without query/key channels averages its values: no product of tokens.
+        + 9 n H for a depthwise 3x3 over n patches. Where heads are filled up (`BlockShape.padded`), Q and V are those
+        of the filled-up widths; else a head without query/key channels averages its values: no product of tokens.
         """
         n, d = self.tokens, self.dim
         hidden, classes, total = self.head_hidden, self.num_classes, STEMS[self.stem].macs(self)
@@ -240,9 +235,8 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(part, std=0.02)
 
     def _head(self):
-        config = self.config
-        dim, hidden, classes = config.dim, config.head_hidden, config.num_classes
-        if hidden is None:
+        config, dim, classes = self.config, self.config.dim, self.config.num_classes
+        if (hidden := config.head_hidden) is None:
             return nn.Linear(dim, classes)
         drop = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), drop, nn.Linear(hidden, classes))
