@@ -31,10 +31,11 @@ def test_schedule_has_floors_and_protected_blocks():
 
 
 def test_a_constant_schedule_is_tomes():
-    assert schedule(197, 12, 13 * 12 / 196, kind="constant") == [197 - 13 * (block + 1) for block in range(12)]
-    assert schedule(17, 4, 0.5, kind="constant", prefix=1) == [15, 13, 11, 9]
-    assert schedule(17, 4, 0.6, kind="constant", protect=(0,)) == [17, 12, 9, 7], "2.4 a block, caught up after block 0"
-    assert schedule(17, 4, 0.9, kind="constant", minimum=5) == [13, 9, 6, 6]
+    assert schedule(197, 12, 13 / 196, kind="constant") == [197 - 13 * (block + 1) for block in range(12)]
+    assert schedule(17, 4, 0.125, kind="constant", prefix=1) == [15, 13, 11, 9]
+    # 2.4 a block, caught up with after block 0
+    assert schedule(17, 4, 0.15, kind="constant", protect=(0,)) == [17, 12, 9, 7]
+    assert schedule(17, 4, 0.3, kind="constant", minimum=5) == [12, 7, 6, 6]
     with pytest.raises(ValueError, match="schedule='x'"):
         schedule(17, 4, kind="x")
 

@@ -28,7 +28,7 @@ class Tokens:
 
 
 class Reducer:
-    """Runs the model of `parts` (an adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
+    """Runs the model of `parts` (an Adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
 
     def __init__(self, parts, config):
         self.parts, self.config = parts, config
@@ -39,9 +39,8 @@ class Reducer:
         self.factors = random_factors(config.seed, parts.depth)
         reduced = min(self.counts) < self.total
         self.sized = reduced and config.sized(parts.read)
-        self.local = any(parts.local(block) is not None for block in parts.model.blocks)
-        self.owned = reduced and self.local
-        self.placed = reduced and (config.score in POSITIONED or (self.local and config.action == "drop"))
+        self.owned = reduced and parts.local
+        self.placed = reduced and (config.score in POSITIONED or (parts.local and config.action == "drop"))
 
     def __call__(self, images, seen=None):
         """images -> logits; `seen`: lists to fill with what each block leaves (see TokenViT)."""
@@ -49,7 +48,7 @@ class Reducer:
 
     def start(self, images, record=False):
         """images -> the sequence before the first block."""
-        state, prefix = Tokens(self.parts.embed(images)), self.parts.prefix
+        state, prefix = Tokens(self.parts.model.embed(images)), self.parts.prefix
         rows = torch.arange(self.total, device=state.x.device) - prefix
         if record or self.placed:
             state.positions = rows.expand(len(images), -1)
@@ -73,20 +72,22 @@ class Reducer:
     def block(self, layer, state):
         """One block; `counts[layer]` tokens leave it."""
         block = self.parts.model.blocks[layer]
-        untouched = state.size is None and not (self.local and state.x.shape[1] < self.total)
+        untouched = state.size is None and not (self.parts.local and state.x.shape[1] < self.total)
         if untouched and self.counts[layer] == state.x.shape[1]:
             return dataclasses.replace(state, x=block(state.x))
         state, pending = self._attend(layer, state)
-        return self._carry_out(pending, dataclasses.replace(state, x=state.x + self._mlp(block, state)))
+        off_grid = self.parts.local and state.x.shape[1] < self.total
+        mix = (lambda hidden: self._mixed(block, state, hidden)) if off_grid else None
+        return self._carry_out(pending, dataclasses.replace(state, x=state.x + self.parts.mlp(block, state.x, mix)))
 
     def view(self, layer, state, query=None, key=None, value=None):
         """What the scores see of block `layer`."""
         parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
-            query, key, value = parts.split(block, block.norm1(state.x))
+            query, key, value = block.attn.split(block.norm1(state.x))
         positions = None if state.positions is None else state.positions[:, parts.prefix :]
         return View(query, key, value, parts.prefix, parts.read, self._bias(state), positions, state.score,
-                    config.ema, self.factors[layer], parts.grid, parts.scale(block))  # fmt: skip
+                    config.ema, self.factors[layer], parts.grid, block.attn.scale)  # fmt: skip
 
     def _bias(self, state):
         """Proportional attention: a token that stands for s patches is attended s times (ToMe, eq. 1)."""
@@ -96,7 +97,7 @@ class Reducer:
         """x + attention -> (state, plans that are still to be carried out, after the MLP)."""
         parts, block = self.parts, self.parts.model.blocks[layer]
         normed, bias, plans = block.norm1(state.x), self._bias(state), []
-        query, key, value = parts.split(block, normed)
+        query, key, value = block.attn.split(normed)
         if self.counts[layer] < state.x.shape[1]:
             state, plans = self._plans(layer, self.view(layer, state, query, key, value), state, normed)
         dropped = self.actions[layer] == "drop" and self.inside
@@ -104,8 +105,7 @@ class Reducer:
             # nothing reads what the dropped ones would see, so only the survivors are queries
             query = take(query.transpose(1, 2), plans[0].stay).transpose(1, 2)
             state = self._carry_out(plans, state)
-        out = parts.inner(block, parts.attend(block, query, key, value, bias))
-        state = dataclasses.replace(state, x=state.x + parts.project(block, out))
+        state = dataclasses.replace(state, x=state.x + parts.attention(block, query, key, value, bias))
         if self.inside and not dropped:
             return self._carry_out(plans, state), []
         return state, [] if self.inside else plans
@@ -142,11 +142,6 @@ class Reducer:
             state = Tokens(x, size, positions, owner, score)
         return state
 
-    def _mlp(self, block, state):
-        if self.parts.local(block) is None or state.x.shape[1] == self.total:
-            return self.parts.mlp(block, state.x)
-        return self.parts.local_mlp(block, state.x, lambda hidden: self._mixed(block, state, hidden))
-
     def _mixed(self, block, state, hidden):
         """The MLP's depthwise convolution for tokens that have left the grid, on their hidden features B N H.
 
@@ -160,7 +155,7 @@ class Reducer:
         image = take(patches, owner if whole else owner.clamp_max(left - 1))
         image = image if whole else image * (owner < left)[..., None]
         image = image.unflatten(1, parts.grid).permute(0, 3, 1, 2)
-        out = parts.local(block)(image).permute(0, 2, 3, 1).flatten(1, 2)
+        out = block.mlp.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         mixed = patches + self._gathered(out, state, left)
         return torch.cat([hidden[:, :prefix], mixed], dim=1) if prefix else mixed
 
@@ -178,9 +173,7 @@ class Reducer:
     def _read_rows(self, state):
         """The last block for the prefix tokens that the head reads, and no others."""
         parts, block, rows = self.parts, self.parts.model.blocks[-1], self.parts.read
-        query, key, value = parts.split_rows(block, block.norm1(state.x), rows)
-        out = parts.inner(block, parts.attend(block, query, key, value, self._bias(state)))
-        x = state.x[:, :rows] + parts.project(block, out)
-        local = parts.local(block) is not None  # the convolution is for patches alone
-        more = parts.local_mlp(block, x, lambda hidden: hidden) if local else parts.mlp(block, x)
-        return dataclasses.replace(state, x=x + more)
+        query, key, value = block.attn.split(block.norm1(state.x), rows)
+        x = state.x[:, :rows] + parts.attention(block, query, key, value, self._bias(state))
+        # the convolution is for patches alone
+        return dataclasses.replace(state, x=x + parts.mlp(block, x, lambda hidden: hidden))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitlab.compress.tokens import schedule as schedules
-from vitlab.compress.tokens.adapter import adapter
+from vitlab.compress.tokens.adapter import Adapter
 from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import SCORES, SIGNED, UNSCORED
@@ -149,8 +149,8 @@ class TokenViT(nn.Module):
         super().__init__()
         if isinstance(model, TokenViT):
             model = model.plain
-        self.adapter = adapter(model)
-        model = self.adapter.model
+        self.adapter = Adapter(model)
+        model = self.adapter.model  # of timm's model, ours with the same parameters
         # the very same dictionaries: names, devices and dtypes stay common whoever changes them
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.active, self.kept, self.owners, self._record = True, None, None, False
@@ -214,7 +214,7 @@ class TokenViT(nn.Module):
 
 
 def reduce_tokens(model, config=None, **options):
-    """`model` on fewer tokens: a `TokenViT` around our ViT or a timm VisionTransformer, sharing its weights.
+    """`model` on fewer tokens: a `TokenViT` around our ViT, or a timm VisionTransformer as ours, sharing its weights.
 
     config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
     change `config` if both are given. State dict, training and eval are those of `model`. ValueError names

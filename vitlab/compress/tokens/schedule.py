@@ -14,8 +14,8 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     n: tokens that enter the first block, `prefix` of them never removed. Never fewer than `minimum` patches are left;
     the blocks in `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
-    "constant": removes the same number r from every block, as ToMe does (Bolya et al. 2023); r is
-        r_max * patches / layers, so that r_max is the share that is gone in the end (fractions of a token add up).
+    "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
+        there are so many (fractions of a patch add up).
 
     The rule says where a count acts; the numbers are the same for both:
     "published": after the block, so block l still computes with the count of block l - 1 and the last
@@ -26,7 +26,7 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     """
     _check(n, layers, r_max, alpha, rule, kind, prefix, minimum)
     shielded = protected(protect, layers)
-    patches, each, counts = n - prefix, r_max * (n - prefix) / layers, []
+    patches, each, counts = n - prefix, r_max * (n - prefix), []
     for layer in range(layers):
         if layer not in shielded:
             share = 1 - r_max * ((layer + 1) / layers) ** alpha
@@ -111,16 +111,16 @@ def macs(config, tokens):
     for layer, (shape, after) in enumerate(zip(blocks, counts)):
         inputs, products = shape.qk + shape.v, config.products(shape)
         across = 2 * len(shape.each_head) * shape.width  # heads are filled up to one width where tokens move
-        total -= _block(dim, layers, shape, n, n, n, products)
+        total -= _block(dim, shape, layers, n, n, n, products)
         if tokens.pooled_last and read and layer == len(blocks) - 1:
             total += before * dim * inputs + read * (dim * (inputs + layers * shape.hidden) + before * across)
             total -= 9 * config.grid**2 * shape.hidden * (config.mlp == "conv")
         elif after == before:
             as_it_is = plain or before == n
-            total += _block(dim, layers, shape, before, before, before, products if as_it_is else across)
+            total += _block(dim, shape, layers, before, before, before, products if as_it_is else across)
         else:
             drops = exact and actions[layer] == "drop"
-            total += _block(dim, layers, shape, before, after if drops else before, after if exact else before, across)
+            total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
             total += _score(tokens, actions[layer], before, prefix, read, shape)
             width = dim if tokens.likeness == "input" else shape.width
             total += _matching(actions[layer], before, after, prefix) * width
@@ -128,7 +128,7 @@ def macs(config, tokens):
     return total
 
 
-def _block(dim, layers, shape, keys, queries, late, products):
+def _block(dim, shape, layers, keys, queries, late, products):
     attention = keys * dim * (2 * shape.qk + shape.v) + queries * (keys * products + shape.v * dim)
     return attention + layers * late * dim * shape.hidden
 

@@ -24,7 +24,7 @@ class View:
     patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
     original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
     decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
-    the attention logits (None: d ** -0.5).
+    the attention logits.
     """
 
     query: torch.Tensor

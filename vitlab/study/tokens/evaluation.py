@@ -129,14 +129,14 @@ def speed(evaluator, configs, batches, *, seconds=0.3, mode=""):
     return pd.DataFrame(rows)
 
 
-def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1):
+def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, look=1, **options):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
     "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (an Evaluator on other
     images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
     """
     model = reduce_tokens(evaluator.plain)
-    base = {"alpha": alpha, "action": action, "protect": tuple(range(look))}
+    base = {"action": "ward"} | options | {"alpha": alpha, "protect": tuple(range(look))}
     levels = [TokenConfig(r_max=r, **base) for r in strengths]
     costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
     blank = AdaptiveViT(model, levels, [0.0] * (len(levels) - 1), look=look).eval()

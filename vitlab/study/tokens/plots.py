@@ -1,5 +1,7 @@
 """Figures of token reduction: sweeps, kept and merged patches, methods against time, intervals, speed and its limit."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -97,10 +99,26 @@ def mosaic(images, owner, grid):
     return (sums / sizes.clamp_min(1)).gather(2, token).view_as(images).to(torch.uint8)
 
 
+def divergence(rows, *, title=""):
+    """KL of methods at equal cost on a log axis, closest to the plain model on top, one marker a share of the MACs."""
+    order = rows.groupby("method").kl.mean().sort_values().index
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(order)))
+    shares = sorted(rows["at"].unique(), reverse=True)
+    for share, (colour, marker) in colours(shares).items():
+        part = rows[rows["at"] == share].set_index("method").reindex(order)
+        label = f"{100 * share:.0f} % of the MACs"
+        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=label)
+    ax.set_yticks(range(len(order)), order)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="divergence from the plain model's predictions (nats)", title=title)
+    ax.legend(fontsize=8)
+    return figure
+
+
 def frontier(rows, names, *, title=""):
     """Change of accuracy against MACs and against time (both in % of plain), a line through each method's shares.
 
-    The axis ends a little below the merging methods: what loses far more runs out of it.
+    The axis ends a little below the merging methods: what is far worse runs out of it.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.4), sharey=True)
     for ax, (column, label) in zip(axes, {"share": "MACs", "time": "latency of the batch"}.items()):
@@ -109,7 +127,7 @@ def frontier(rows, names, *, title=""):
             ax.plot(100 * part[column], part.change, color=colour, marker=marker, markersize=5, label=name)
         ax.plot(100, 0, "k*", markersize=11, label="plain")
         ax.set(xlabel=f"{label} (% of plain)")
-    low, high = rows[rows.group == "merge"].change.min(), rows.change.max()
+    low, high = rows[rows.method.isin(names) & (rows.group == "merge")].change.min(), rows.change.max()
     axes[0].set(ylabel="change of validation accuracy (points)", ylim=(1.15 * low - 0.2, max(high, 0) + 0.3))
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
@@ -123,7 +141,7 @@ def intervals(frames, *, label):
     for ax, (name, found) in zip(axes[0], frames.items()):
         ax.errorbar(found.change, found.index, xerr=(found.change - found.low, found.high - found.change), fmt="o")
         ax.axvline(0, color="0.3", linestyle="--", linewidth=1)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(textwrap.fill(name, 30), fontsize=8)
     axes[0][0].invert_yaxis()
     figure.supxlabel(label, fontsize=9)
     return figure
