@@ -14,7 +14,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import nbformat
 
@@ -80,7 +79,7 @@ def choose_preset(project):
         return "tiny", f"{device} is here, but there is no presets/gpu.yaml"
     from vitlab.data.sources import home
 
-    folder = Path(os.environ.get("VITLAB_DATA") or home())
+    folder = home()
     where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "~/.cache/vitlab"
     if any((folder / name).exists() for name in CIFAR):
         return "gpu", f"{device}, CIFAR under {where}"
@@ -120,7 +119,7 @@ def plan(project, preset, only=None, seeds=None, overrides=None):
     if overrides.get("dataset") not in (None, "", "tiny"):
         from vitlab.data import sources
 
-        sources.plan(overrides["dataset"], Path(os.environ.get("VITLAB_DATA") or sources.home()))
+        sources.plan(overrides["dataset"], sources.home())
     return jobs
 
 
