@@ -22,6 +22,7 @@ OURS = {
     "distilled": {"distilled": True},
     "hidden head": {"head_hidden": 16, "dropout": 0.1},
     "conv stem, conv MLP": {"stem": "conv", "mlp": "conv", "pool": "mean"},
+    "residual stem": {"stem": "residual", "mlp": "conv", "pool": "mean"},
     "conv MLP, CLS": {"mlp": "conv"},
 }
 TIMM = {
@@ -195,6 +196,7 @@ def test_costs_follow_the_closed_formulas():
     for source, name in [
         ("ours", "cls"),
         ("ours", "conv stem, conv MLP"),
+        ("ours", "residual stem"),
         ("ours", "hidden head"),
         ("timm", "plain"),
     ]:

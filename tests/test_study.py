@@ -13,10 +13,11 @@ from PIL import Image
 
 from vitlab import plots, readme, zoo
 from vitlab.claims import get
-from vitlab.files import read_json
+from vitlab.files import plain, read_json
 from vitlab.models import explain, vit
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.notebooks import project
+from vitlab.recipe import LATER
 from vitlab.study import DEMO, Study, arm_key, read_rows
 from vitlab.train import BudgetSpent, cross_entropy
 
@@ -55,14 +56,27 @@ def test_the_key_tells_apart_whatever_changes_the_result_and_nothing_else(study,
     key = study.arm(spec, data).key
     slower = dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, dtype="float32"))
     assert study.arm(slower, data).key == key
+    muon = dataclasses.replace(spec.recipe, optimizer="muon", rest_lr=1e-3)
     others = [
         study.arm(spec, data, seed=1).key,
+        study.arm(dataclasses.replace(spec, recipe=muon), data).key,
+        study.arm(dataclasses.replace(spec, recipe=dataclasses.replace(muon, rest_lr=2e-3)), data).key,
         study.arm(dataclasses.replace(spec, recipe=dataclasses.replace(spec.recipe, lr=5e-4)), data).key,
         study.arm(dataclasses.replace(spec, config=dataclasses.replace(spec.config, depth=1)), data).key,
         study.arm(spec, dataclasses.replace(data, key="another")).key,
         study.arm(spec, data, objective=lambda m, b: cross_entropy(m, b), variant="mine").key,
     ]
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 8
+
+
+def test_a_field_that_came_later_leaves_the_keys_of_the_arms_before_it():
+    """At its default it is as if it were not there: the committed demo's recipe was written without it."""
+    recipe = plain(zoo.get("ours").recipe)
+    without = {k: v for k, v in recipe.items() if k not in LATER}
+    assert set(LATER) < set(recipe) and set(read_json(DEMO / "ours-cifar10.json")["recipe"]) <= set(without)
+    config = zoo.get("ours").config
+    assert arm_key(config, recipe, "d") == arm_key(config, without, "d")
+    assert arm_key(config, recipe | {"rest_lr": 1.0}, "d") != arm_key(config, without, "d")
 
 
 def test_an_objective_of_ones_own_must_be_named_in_the_key(study, spec):

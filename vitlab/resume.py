@@ -10,6 +10,7 @@ from torch import nn
 
 from vitlab import rng
 from vitlab.files import atomic, digest, plain
+from vitlab.recipe import told_apart
 
 FORMAT = "vitlab-training-1"
 
@@ -26,9 +27,7 @@ class TrainingState:
         self.model, self.optimizer, self.ema, self.hooks = model, optimizer, ema, hooks
         self.objective = objective if isinstance(objective, nn.Module) else None
         shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
-        # how a run is executed may change between its parts; what is computed may not
-        steps = {k: v for k, v in plain(recipe).items() if k not in ("compile", "dtype")}
-        self.identity = digest({"recipe": steps, "shapes": shapes})
+        self.identity = digest({"recipe": told_apart(plain(recipe)), "shapes": shapes})
 
     def tensors(self):
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}

@@ -23,6 +23,7 @@ from vitlab.inference import hold_memory
 from vitlab.measure import accuracy, measure
 from vitlab.models.vit import ViT
 from vitlab.provenance import provenance
+from vitlab.recipe import told_apart
 from vitlab.train import History, cross_entropy, fit
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"  # trained arms that come with the project
@@ -209,8 +210,7 @@ def arm_key(config, recipe, data, variant=""):
 
     How fast it ran, compiled or in which precision, is not part of it.
     """
-    known = {k: v for k, v in recipe.items() if k not in ("compile", "dtype")}
-    return digest([type(config).__name__, plain(config), known, data, variant])
+    return digest([type(config).__name__, plain(config), told_apart(recipe), data, variant])
 
 
 def _shipped(key):

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vitlab.models.vit import ViTConfig
-from vitlab.recipe import Recipe
+from vitlab.recipe import EXECUTION, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,6 @@ def _differences(spec, dataset, config, recipe):
         for field in dataclasses.fields(old):
             was, now = getattr(old, field.name), getattr(new, field.name)
             # how fast and in what order it ran is not what was published
-            if was != now and field.name not in ("compile", "dtype", "seed", "num_classes"):
+            if was != now and field.name not in (*EXECUTION, "seed", "num_classes"):
                 found.append(f"{field.name} {now} instead of {was}")
     return tuple(found)

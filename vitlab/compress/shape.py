@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vitlab.models.parts import ConvStem, PatchStem
+from vitlab.models.parts import STEMS
 
-STEMS = {"patch": PatchStem, "conv": ConvStem}
 FILLED = 2  # at most so many times the channels, to fill unequal heads up to one width
 KINDS = ("qk", "v", "heads", "mlp", "block", "embed")
 
@@ -148,9 +147,7 @@ class SlimConfig:
     @property
     def stem_fan_in(self):
         """Inputs of one output channel of the stem's last layer."""
-        if self.stem == "conv":
-            return ConvStem.plan(self.stem_config)[-1][0]
-        return self.patch_size**2 * self.in_chans
+        return STEMS[self.stem].fan_in(self.stem_config)
 
     def parameters(self):
         """Trainable parameters, in closed form (without a conv stem's inner layers, never pruned)."""

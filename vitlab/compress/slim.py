@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.compress.shape import STEMS, SlimConfig
-from vitlab.models.parts import DropPath
+from vitlab.compress.shape import SlimConfig
+from vitlab.models.parts import STEMS, DropPath
 
 ACTIVATIONS = {
     "gelu": nn.GELU,

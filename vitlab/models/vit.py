@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vitlab.models.parts import Attention, Block, ConvStem, PatchStem
+from vitlab.models.parts import STEMS, Attention, Block
 
-STEMS = {"patch": PatchStem, "conv": ConvStem}
 POOLS = ("cls", "mean")
 POSITIONS = ("learned", "none")
 ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
@@ -39,7 +38,7 @@ class ViTConfig:
     heads: int = 3
     mlp_dim: int | None = None
     mlp: str = "plain"  # "plain" | "conv": a depthwise 3x3 over the patch grid between the two layers
-    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions
+    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions | "residual": more of them, some residual
     pos: str = "learned"  # "learned" | "none"
     pool: str = "cls"  # "cls" | "mean"
     pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling
@@ -73,8 +72,10 @@ class ViTConfig:
         for name in ("dropout", "attention_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a rate in [0, 1) is needed")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size}: the conv stem halves the image, so a power of two")
+        if self.stem != "patch" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size={self.patch_size}: the {self.stem} stem halves the image, so a power of two")
+        if self.stem == "residual" and self.patch_size == 1:
+            raise ValueError("patch_size=1: the residual stem has its residual layers after halvings; take stem='conv'")
         if self.distilled and self.pool != "cls":
             raise ValueError("distilled=True needs pool='cls': the distillation token stands beside it")
 
