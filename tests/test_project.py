@@ -28,7 +28,7 @@ MACHINE_PATH = re.compile(r"(/home/|/root/|/Users/|/tmp/|[A-Z]:\\\\Users)")
 FLOORS = {
     0: "files rng assets imageops pictures sources data geometry randaugment augment",
     1: "models kernels published",
-    2: "complexity recipe resume train inference predict counts meters power measure provenance compress",
+    2: "complexity recipe resume train precision inference predict counts meters power measure provenance compress",
     3: "claims plots zoo study linear_study linear_plots pruned costs "
        "token_study token_contest token_plots token_panel",
     4: "readme discussion notebooks execution selftest runner commands cli",

@@ -26,7 +26,8 @@ class Recipe:
     tokens and positions), warmup (epochs, linear), schedule "cosine" (to min_lr) | "constant",
     smoothing (of labels), mixup and cutmix (Beta parameters, 0 = off), mix_off (last epochs without mixing),
     augment (spec of `vitlab.augment.Augment`), clip (gradient norm), ema (decay of the averaged weights),
-    dtype "auto" (bfloat16 autocast on CUDA, else float32) | "float32" | "bfloat16",
+    dtype "auto" (bfloat16 autocast on CUDA, and for training on a CPU where that is timed to be faster; else float32) |
+    "float32" | "bfloat16",
     compile "auto" (on CUDA) | "on" | "off".
     """
 
@@ -90,7 +91,7 @@ class Recipe:
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
     def torch_dtype(self, device):
-        """The autocast precision on `device`."""
+        """The autocast precision on `device`, of a measured row too; for "auto" on a CPU, `fit` times its own."""
         if self.dtype == "auto":
             return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return DTYPES[self.dtype]

@@ -16,7 +16,8 @@ FORMAT = "vitlab-training-1"
 
 
 class TrainingState:
-    """Saves and restores weights, optimiser, averaged weights, objective, hooks, generators and history.
+    """Saves and restores weights, optimiser, averaged weights, objective, hooks, generators, history and `dtype`
+    (the precision the run is executed in; None as long as none was loaded or set).
 
     A path of None keeps nothing. The recipe and the names and shapes of all tensors must be those of the
     saved run, else ValueError: another run's state is never taken up by mistake.
@@ -26,6 +27,7 @@ class TrainingState:
         self.path = Path(path) if path else None
         self.model, self.optimizer, self.ema, self.hooks = model, optimizer, ema, hooks
         self.objective = objective if isinstance(objective, nn.Module) else None
+        self.dtype = None
         shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
         self.identity = digest({"recipe": told_apart(plain(recipe)), "shapes": shapes})
 
@@ -43,7 +45,8 @@ class TrainingState:
         if self.path is None:
             return
         hooks = [hook.state_dict() if hasattr(hook, "state_dict") else None for hook in self.hooks]
-        meta = {"format": FORMAT, "identity": self.identity, "history": json.dumps(history), "hooks": json.dumps(hooks)}
+        meta = {"format": FORMAT, "identity": self.identity, "history": json.dumps(history), "hooks": json.dumps(hooks),
+                "dtype": self.dtype or ""}  # fmt: skip
         # clones: tied or viewed tensors share storage, which safetensors refuses
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in self.tensors().items()}
         with atomic(self.path) as part:
@@ -77,6 +80,7 @@ class TrainingState:
             if stored is not None:
                 hook.load_state_dict(stored)
         rng.restore(groups["rng"])
+        self.dtype = meta.get("dtype") or None
         return json.loads(meta["history"])
 
     def _load_optimizer(self, tensors):

@@ -133,13 +133,14 @@ class Study:
         write_json(
             path.with_suffix(".json"),
             {"name": name, "seed": seed, "config": plain(spec.config), "recipe": plain(spec.recipe), "data": data.key,
-             "dataset": data.name, "variant": variant, "history": history.rows} | provenance(self.device),
+             "dataset": data.name, "variant": variant, "history": history.rows,
+             "trained_in": history.dtype} | provenance(self.device),
         )  # fmt: skip
 
     def _load(self, path, name, seed, key, model, spec):
         stored = read_json(path.with_suffix(".json"))
         model.load_state_dict(load_file(path))
-        history = History(stored["history"], resumed=len(stored["history"]))
+        history = History(stored["history"], resumed=len(stored["history"]), dtype=stored.get("trained_in"))
         how = "comes with the project, in half precision" if stored.get("key") else "trained before"
         self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {stored['device']})")
         return Arm(name, seed, key, model.eval(), history, spec)

@@ -18,8 +18,9 @@ from torch import nn
 from vitlab import rng
 from vitlab.augment import Augment, mix, normalize
 from vitlab.data import batches
+from vitlab.precision import faster_dtype
 from vitlab.predict import autocast, input_size, logits
-from vitlab.recipe import Recipe
+from vitlab.recipe import DTYPES, Recipe
 from vitlab.resume import TrainingState
 
 __all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
@@ -47,10 +48,11 @@ class Batch:
 @dataclass
 class History:
     """One row an epoch: epoch (from 1), loss, accuracy (train, %), val_loss, val_accuracy (%), lr,
-    images_per_s, seconds, and whatever the objective logs."""
+    images_per_s, seconds, and whatever the objective logs. dtype: the precision it was trained in."""
 
     rows: list = field(default_factory=list)
     resumed: int = 0
+    dtype: str | None = None
 
     @property
     def seconds(self):
@@ -101,6 +103,12 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     state = TrainingState(checkpoint, recipe, model, run.optimizer, run.ema, objective, on_epoch)
     history.rows = state.load()
     history.resumed = len(history)
+    if recipe.dtype == "auto" and device.type == "cpu":
+        # a run goes on in the precision it began in, whatever the clock would say now
+        run.dtype = DTYPES.get(state.dtype) or faster_dtype(
+            model, batch=recipe.batch, image_size=data.image_size, log=log
+        )
+    history.dtype = state.dtype = str(run.dtype).removeprefix("torch.")
     writer = _writer(tensorboard, history.resumed, log)
     last_save = time.monotonic()
     for epoch in range(len(history), recipe.epochs):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.compress.slim import SlimViT
-from vitlab.models.parts import Attention
+from vitlab.models.parts import Attention, attend
 from vitlab.models.vit import ViT
 
 
@@ -60,8 +60,7 @@ class _Anatomy:
         """Fused attention -> tokens B M (heads d), before the projection."""
         rate = self.attention_dropout(block) if block.training else 0.0
         mask = None if bias is None else bias.to(query.dtype)
-        scale = self.scale(block)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, scale=scale)
+        out = attend(query, key, value, mask=mask, dropout=rate, scale=self.scale(block))
         return out.transpose(1, 2).flatten(2)
 
     def split_rows(self, block, x, rows):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlab.compress.shape import SlimConfig
-from vitlab.models.parts import STEMS, DropPath
+from vitlab.models.parts import STEMS, DropPath, attend
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -89,7 +89,7 @@ class SlimAttention(nn.Module):
         if not q.shape[-1]:  # all logits 0: every token attends to all alike
             return v.mean(dim=2, keepdim=True).expand_as(v)
         rate = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
+        return attend(q, k, v, dropout=rate, scale=self.scale)
 
     def forward(self, x):
         if not self.heads:
