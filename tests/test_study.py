@@ -71,10 +71,9 @@ def test_the_key_tells_apart_whatever_changes_the_result_and_nothing_else(study,
 
 def test_a_field_that_came_later_leaves_the_keys_of_the_arms_before_it():
     """At its default it is as if it were not there: the committed demo's recipe was written without it."""
-    recipe = plain(zoo.get("ours").recipe)
+    recipe, config = plain(zoo.get("S3/baseline").recipe), zoo.get("S3/baseline").config
     without = {k: v for k, v in recipe.items() if k not in LATER}
     assert set(LATER) < set(recipe) and set(read_json(DEMO / "ours-cifar10.json")["recipe"]) <= set(without)
-    config = zoo.get("ours").config
     assert arm_key(config, recipe, "d") == arm_key(config, without, "d")
     assert arm_key(config, recipe | {"rest_lr": 1.0}, "d") != arm_key(config, without, "d")
 

@@ -72,12 +72,13 @@ SPECS = {
             title="our conv-stem baseline",
             dataset="cifar10",
             config=ViTConfig(
-                dim=256, depth=8, heads=4, mlp_dim=512, mlp="conv", stem="conv", pool="mean", pos="none",
+                dim=256, depth=7, heads=4, mlp_dim=512, mlp="conv", stem="residual", pool="mean", pos="none",
                 drop_path=0.1,
             ),
+            # optimiser and stem were chosen by pilots on a CPU, see presets/cpu.yaml
             recipe=Recipe(
-                epochs=100, batch=512, lr=2e-3, warmup=5, smoothing=0.1, mixup=0.2, cutmix=1.0, mix_off=10,
-                clip=1.0, ema=0.999, augment="crop(4)+flip+trivial",
+                epochs=100, batch=512, optimizer="muon", lr=8e-3, rest_lr=8e-3, momentum=0.95, warmup=5, smoothing=0.1,
+                mixup=0.2, cutmix=1.0, mix_off=10, ema=0.999, augment="crop(4)+flip+trivial",
             ),
         ),
     )
