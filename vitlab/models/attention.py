@@ -117,7 +117,7 @@ def linear(inputs, outputs, bias=True):
 
 
 ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
-PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
+PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear") | {"topk": "vitlab.models.sparse"}
 
 
 def attention_class(name):

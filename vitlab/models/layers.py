@@ -120,12 +120,11 @@ class Mlp(nn.Module):
     With `config.mlp == "conv"` a residual depthwise 3x3 convolution over the patch grid stands between
     them (DHVT, Lu et al. 2022; LocalViT), which gives the model its sense of neighbourhood. Prefix tokens
     pass it by. With "glu" (Shazeer 2020) the first layer is twice as wide, and its activated first half is multiplied
-    into the second; with "glu_last" the second is activated. hidden: channels, where not `config.mlp_dim`.
+    into the second; with "glu_last" the second is activated. hidden: its channels.
     """
 
-    def __init__(self, config, hidden=None):
+    def __init__(self, config, hidden):
         super().__init__()
-        hidden = config.mlp_dim if hidden is None else hidden
         self.hidden, self.grid, self.prefix, self.kind = hidden, config.grid, config.prefix_tokens, config.mlp
         self.gated = self.kind.startswith("glu")
         if hidden:
@@ -178,20 +177,20 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)).
 
-    shape: its widths, where they are not the config's; a branch without channels has no norm either.
+    index: which of the config's blocks it is; a branch without channels has no norm either.
     """
 
-    def __init__(self, config, attention, *, drop_path=0.0, shape=None):
+    def __init__(self, config, attention, index):
         super().__init__()
-        widths = {} if shape is None else {"shape": shape}
-        self.norm1 = norm(config) if shape is None or shape.heads else nn.Identity()
-        self.attn = attention(config.dim, config.heads, config=config, **widths, **dict(config.attention_args))
+        shape = config.shapes[index]
+        self.norm1 = norm(config) if shape.heads else nn.Identity()
+        self.attn = attention(config.dim, config.heads, config=config, **config.arguments(index))
         self.ls1 = LayerScale(config.dim) if config.layer_scale else None
-        self.norm2 = norm(config) if shape is None or shape.hidden else nn.Identity()
-        self.mlp = Mlp(config, None if shape is None else shape.hidden)
+        self.norm2 = norm(config) if shape.hidden else nn.Identity()
+        self.mlp = Mlp(config, shape.hidden)
         self.ls2 = LayerScale(config.dim) if config.layer_scale else None
         self.drop = nn.Dropout(config.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(shape.drop_path)
 
     def forward(self, x):
         x = x + self.attended(self.attn(self.norm1(x)))

@@ -94,6 +94,21 @@ SPECS = {
 OTHERS = {
     spec.name: spec
     for spec in (
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/dense-6",
+            title="dense, of Sparse-ViT's depth",
+            config=dataclasses.replace(SPECS["S0/dense"].config, depth=6, heads=6),
+        ),
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/sparse",
+            title="Sparse-ViT as described",
+            config=dataclasses.replace(
+                SPECS["S0/dense"].config, depth=6, heads=6, attention="topk",
+                attention_args={"k": 32, "score": "learned", "gate": "l1"},
+            ),
+        ),
         Spec(
             name="S1/B1",
             title="FaViT-B1",
