@@ -44,8 +44,9 @@ def test_a_stand_in_answers_but_not_as_published_and_never_for_a_shape():
 
 
 def test_speed_does_not_depend_on_training_and_accuracy_does():
-    measured = rows(arm=["S3/baseline", "S3/pruned-alpha-1.2"], images_per_s=[100.0, 150.0], as_published=[False] * 2,
-                    accuracy_top1=[50.0, 49.0], changes=["epochs 2 instead of 10; lr 0.1 instead of 0.2"] * 2)  # fmt: skip
+    changes = ["epochs 2 instead of 10; lr 0.1 instead of 0.2"] * 2
+    measured = rows(arm=["S3/baseline", "S3/pruned-alpha-1.2"], images_per_s=[100.0, 150.0], changes=changes,
+                    accuracy_top1=[50.0, 49.0], as_published=[False] * 2)  # fmt: skip
     assert answers(get("S3/pruned-alpha-1.2/speed-up"), measured) == ([1.5], True, "")
     assert answers(get("S3/pruned-alpha-1.2/accuracy-drop"), measured)[1] is False
     assert not answers(get("S3/pruned-alpha-1.2/speed-up"), measured.assign(changes="dim 64 instead of 512"))[1]
