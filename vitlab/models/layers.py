@@ -47,14 +47,18 @@ class ConvStem(nn.Module):
         super().__init__()
         layers, width = [], config.in_chans
         for out, stride in self.plan(config):
-            conv = nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            layers += [conv, nn.BatchNorm2d(out), nn.GELU()]
+            layers += self.layer(width, out, stride)
             width = out
         self.layers = nn.Sequential(*layers)
         self.proj = nn.Conv2d(width, config.dim, 1)
         nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1 / width))
         nn.init.zeros_(self.proj.bias)
+
+    @staticmethod
+    def layer(width, out, stride):
+        conv = nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        return [conv, nn.BatchNorm2d(out), nn.GELU()]
 
     @staticmethod
     def plan(config):
@@ -76,6 +80,37 @@ class ConvStem(nn.Module):
             total += side**2 * 9 * width * out
             width = out
         return total + side**2 * width * config.dim
+
+
+class Residual(nn.Sequential):
+    """x + f(x), f being the layers one after the other."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class ResidualStem(ConvStem):
+    """The conv stem with a residual 3x3 layer (He et al. 2016) after each halving of the image.
+
+    For dim 128 and patches of 4: 3x3 to 24 channels, 3x3/2 to 64, residual 3x3, 3x3/2 to 128, residual 3x3, 1x1.
+    """
+
+    @staticmethod
+    def layer(width, out, stride):
+        layers = ConvStem.layer(width, out, stride)
+        return [Residual(*layers)] if (width, stride) == (out, 1) else layers
+
+    @staticmethod
+    def plan(config):
+        first, *halvings = ConvStem.plan(config)
+        # a narrower first layer: at full resolution, where channels are dear
+        layers = [(max(8, 3 * first[0] // 4), 1)]
+        for out, _ in halvings:
+            layers += [(out, 2), (out, 1)]
+        return layers
+
+
+STEMS = {"patch": PatchStem, "conv": ConvStem, "residual": ResidualStem}
 
 
 class PaddedNorm(nn.LayerNorm):

@@ -11,11 +11,10 @@ from torch import nn
 
 from vitlab.models.attention import attention_class
 from vitlab.models.checkpoint import as_dataclass, register
-from vitlab.models.layers import ACTIVATIONS, Block, ConvStem, PatchStem, norm
+from vitlab.models.layers import ACTIVATIONS, STEMS, Block, norm
 from vitlab.models.shape import BlockShape
 from vitlab.utils.files import LATER
 
-STEMS = {"patch": PatchStem, "conv": ConvStem}
 CHOICES = {
     "stem": STEMS, "mlp": ("plain", "conv", "glu", "glu_last"), "pos": ("learned", "patches", "none"),
     "pool": ("cls", "mean"), "pool_norm": ("before", "after"), "act": ACTIVATIONS,
@@ -51,7 +50,7 @@ class ViTConfig:
     heads: int = 3
     mlp_dim: int | None = None
     mlp: str = "plain"  # | "conv": a depthwise 3x3 over the patch grid between the two layers | "glu" | "glu_last"
-    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions
+    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions | "residual": more of them, some residual
     pos: str = "learned"  # "learned" | of the "patches" alone | "none"
     pool: str = "cls"  # "cls" | "mean" of the patches
     pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling (timm's fc_norm)
@@ -113,8 +112,9 @@ class ViTConfig:
         for name in ("dropout", "attention_dropout", "drop_path", "pos_dropout", "head_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a rate in [0, 1) is needed")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size}: the conv stem halves the image, so a power of two")
+        least = {"patch": 0, "conv": 1, "residual": 2}[self.stem]  # residual layers come after a halving
+        if least and (self.patch_size & (self.patch_size - 1) or self.patch_size < least):
+            raise ValueError(f"patch_size={self.patch_size}: the {self.stem} stem halves it: a power of two >= {least}")
         if self.distilled and (self.pool != "cls" or self.registers):
             raise ValueError("distilled=True needs pool='cls' and no registers: its token stands beside the CLS token")
         if self.class_token is False and self.pool == "cls":
