@@ -86,7 +86,11 @@ class TopKAttention(Attention):
         logits = (q @ k.mT).float() * self.scale
         if self.k >= self.tokens:
             return logits.softmax(dim=-1)
-        return top_k_softmax(logits, self.scores(q, k, logits), self.k, self.tau)
+        scores = self.scores(q, k, logits)
+        if self.training:
+            return top_k_softmax(logits, scores, self.k, self.tau)
+        least = scores.topk(self.k, sorted=False).values.amin(dim=-1, keepdim=True)
+        return logits.masked_fill(scores < least, -torch.inf).softmax(dim=-1)
 
     # ------------------------------------------------------------------------------------------ the layer
 

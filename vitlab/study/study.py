@@ -23,6 +23,7 @@ from vitlab.data import datasets
 from vitlab.metrics.measure import accuracy, measure
 from vitlab.models import checkpoint
 from vitlab.study import plots, verdicts, zoo
+from vitlab.study.answers import answers, differences
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
@@ -194,18 +195,19 @@ class Study:
         self._write("conclusions", list(self.conclusions.values()))
         say(text)
 
-    def settle(self, claim, values, *, as_published, why=""):
+    def settle(self, claim, values, **options):
         """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
-        verdict = verdicts.settle(claim, values, as_published=as_published, why=why)
+        verdict = verdicts.settle(claim, values, **options)
         self.verdicts[verdict.claim] = verdict
         self._write("verdicts", [v.to_row() for v in self.verdicts.values()])
         return verdict
 
     def settle_rows(self, rows, selected):
-        """Settle the selected claims by what the rows (a DataFrame) answer, as `verdicts.answers` finds it."""
+        """Settle the selected claims by what the rows (a DataFrame) answer, as `answers` finds it."""
         for claim in selected:
-            values, as_published, why = verdicts.answers(claim, rows)
-            self.settle(claim, values, as_published=as_published, why=why)
+            values, as_published, why = answers(claim, rows)
+            self.settle(claim, values, as_published=as_published, why=why,
+                        differences=differences(claim, rows))  # fmt: skip
 
     def _write(self, what, rows):
         write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
