@@ -9,7 +9,7 @@ from vitlab.run import notebooks, report, runner
 from vitlab.utils.files import write_json
 
 STEM = "05_tokens"
-README = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("projects", "findings", "status"))
+README = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("hero", "projects", "findings", "status"))
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
                 ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
                             label=name, markersize=7)  # fmt: skip
             ax.set(xscale="log")
-            _plain_log(ax.xaxis)
+            plain_log(ax.xaxis)
         panels[0].set_ylabel(axis(quality) + (f", {data}" if len(sets) > 1 else ""))
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax, cost in zip(axes[-1], costs):
@@ -139,7 +139,7 @@ def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="ar
     return figure
 
 
-def _plain_log(axis_):
+def plain_log(axis_):
     low, high = axis_.get_view_interval()
     axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
     axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
