@@ -36,9 +36,9 @@ PUBLIC = {
 # kind of model -> the module that registers its config (see models.checkpoint); a new method adds its line
 KINDS = {
     "vit": "vitlab.models.vit",
-    "slim": "vitlab.compress.pruning.slim",
     "favit": "vitlab.models.favit",
     "resnet": "vitlab.models.resnet",
+    "timm": "vitlab.models.timm",
     "gated": "vitlab.compress.pruning.gates",
     "reduced": "vitlab.compress.tokens.reduction",
 }

@@ -10,11 +10,10 @@ from scipy.special import log_softmax
 from torch import nn
 
 from vitlab.compress.distill import AttentionMaps, Distill, Features, Locality, standardised
-from vitlab.compress.pruning import slim
 from vitlab.compress.pruning.budget import select
-from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.criteria import score
 from vitlab.compress.pruning.gates import L1, GatedViT
+from vitlab.compress.pruning.shape import prunable
 from vitlab.compress.pruning.structured import shape_of
 from vitlab.compress.pruning.structured import slim as cut
 from vitlab.metrics.predict import kl_divergence
@@ -286,8 +285,8 @@ def test_resnet_saves_loads_and_refuses(tmp_path):
     checkpoint.save(model, tmp_path / "cnn.safetensors")
     again = checkpoint.load(tmp_path / "cnn.safetensors")
     assert again.config == model.config and torch.equal(again(batch().images), model(batch().images))
-    checkpoint.save(as_slim(student()), tmp_path / "slim.safetensors")
-    assert isinstance(checkpoint.load(tmp_path / "slim.safetensors"), slim.SlimViT)
+    checkpoint.save(prunable(student()), tmp_path / "slim.safetensors")
+    assert isinstance(checkpoint.load(tmp_path / "slim.safetensors"), ViT)
     for wrong in ({"widths": ()}, {"widths": (8, 8), "residual": (2,)}, {"image_size": 30}):
         with pytest.raises(ValueError):
             ResNetConfig(**wrong)

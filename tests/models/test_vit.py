@@ -3,14 +3,15 @@
 import dataclasses
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.models import vit
-from vitlab.models.layers import Attention
-from vitlab.models.vit import ViT, ViTConfig, from_timm
+from vitlab.models.attention import Attention
+from vitlab.models.shape import BlockShape
+from vitlab.models.vit import ViT, ViTConfig
+from vitlab.utils.files import identity
 
 SMALL = ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
 OURS = dataclasses.replace(SMALL, stem="conv", mlp="conv", pool="mean", mlp_dim=64)
@@ -55,44 +56,6 @@ def test_parameters_of_s2_as_its_counter_saw_them(dim, depth, millions):
         dim=dim, depth=depth, heads=dim // 64, mlp_dim=dim, qkv_bias=False, head_hidden=dim, dropout=0.1
     )
     assert round(count(build(config), skip=("cls_token", "pos_embed")) / 1e6, 2) == millions
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("vit_tiny_patch16_224", {}),
-        ("vit_tiny_patch16_224", {"qkv_bias": False}),
-        ("deit_tiny_distilled_patch16_224", {}),
-        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
-        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False, "fc_norm": False}),
-    ],
-)
-def test_timm_weights_give_timm_outputs(name, options):
-    torch.manual_seed(0)
-    theirs = timm.create_model(name, img_size=64, depth=3, num_classes=7, **options).eval()
-    for p in theirs.parameters():  # timm starts biases and some tokens at zero: make every weight count
-        torch.nn.init.normal_(p, std=0.1)
-    images = torch.randn(3, 3, 64, 64)
-    ours = from_timm(theirs)
-    assert not ours.training
-    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "what"),
-    [
-        ("vit_tiny_patch16_224", {"reg_tokens": 2}, "register tokens"),
-        ("vit_tiny_patch16_224", {"init_values": 1e-5}, "LayerScale"),
-        ("vit_tiny_patch16_224", {"qk_norm": True}, "QK-norm"),
-        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "mean pooling over a model with a CLS token"),
-        ("vit_tiny_patch16_224", {"no_embed_class": True}, "position embedding without the prefix tokens"),
-        ("vit_tiny_patch16_224", {"pre_norm": True}, "norm before the blocks"),
-    ],
-)
-def test_timm_models_that_cannot_be_matched_are_refused_by_name(name, options, what):
-    model = timm.create_model(name, img_size=32, depth=1, num_classes=5, **options)
-    with pytest.raises(ValueError, match=what):
-        from_timm(model)
 
 
 def test_attention_is_softmax_of_scaled_products():
@@ -180,6 +143,11 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
         ({"stem": "conv", "patch_size": 2, "image_size": 32, "depth": 0}, "depth=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
         ({"distilled": True, "pool": "mean"}, "distilled=True needs pool='cls'"),
+        ({"class_token": False}, "needs the class token"),
+        ({"registers": -1}, "registers=-1"),
+        ({"norm_dim": 100}, "norm_dim=100 is less than the 192"),
+        ({"attention": "linear", "blocks": ()}, "only softmax attention has blocks of their own widths"),
+        ({"act": "swish"}, "act='swish': choose one of gelu"),
     ],
 )
 def test_impossible_configurations_are_refused(options, message):
@@ -192,3 +160,32 @@ def test_unknown_attention_and_wrong_image_sizes_are_named():
         ViT(dataclasses.replace(SMALL, attention="quantum"))
     with pytest.raises(ValueError, match=r"\(3, 32, 32\); this model takes \(3, 16, 16\)"):
         ViT(SMALL)(torch.zeros(1, 3, 32, 32))
+
+
+def test_what_can_be_said_in_two_ways_is_one_config():
+    wordy = dataclasses.replace(
+        SMALL, norm_dim=32, stem_dim=32, class_token=True, pos_dropout=0.0, head_dropout=0.0,
+        blocks=[{"heads": [[2, 16, 16]], "hidden": 128, "scale": 0.25}] * 2,
+    )  # fmt: skip
+    assert wordy == SMALL and identity(wordy) == identity(SMALL)
+    assert SMALL.shapes == (BlockShape.uniform(32, 2, 128),) * 2
+    uneven = dataclasses.replace(SMALL, blocks=(dataclasses.replace(SMALL.shapes[0], hidden=8), SMALL.shapes[1]))
+    assert uneven != SMALL and uneven.shapes[0].hidden == 8 and uneven.depth == 2
+
+
+def test_the_keys_of_models_from_before_stay():
+    known = "attention attention_args attention_dropout depth dim distilled drop_path dropout head_hidden heads"
+    known += " image_size in_chans mlp mlp_dim norm_eps num_classes patch_size pool pool_norm pos qkv_bias stem"
+    assert sorted(identity(SMALL)) == known.split()
+
+
+@pytest.mark.parametrize("config", [SMALL, OURS, dataclasses.replace(OURS, pool="cls", distilled=True)])
+def test_explicit_widths_give_the_uniform_models_outputs(config):
+    model = ViT(config).eval()
+    blocks = tuple(dataclasses.replace(shape, drop_path=0.5) for shape in config.shapes)  # else they would be dropped
+    same = ViT(dataclasses.replace(config, blocks=blocks)).eval()
+    assert same.config.blocks and list(same.state_dict()) == list(model.state_dict())
+    same.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(same(images), model(images))
+    assert same.config.macs() == config.macs() and same.config.parameters() == count(model)

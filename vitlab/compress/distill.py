@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.compress.pruning.convert import as_slim
 from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.models.checkpoint import fingerprint
+from vitlab.models.timm import as_vit
 from vitlab.train.loop import hits
 from vitlab.utils.device import eager
 
@@ -202,9 +202,9 @@ def _patches(seen, block, grid, who):
 def _frozen(teacher, intermediates):
     """A copy of the teacher (of what torch.compile wraps) in eval mode, without gradients.
 
-    Where terms look inside it, a ViT of timm's becomes its `SlimViT`, which shows its intermediates.
+    Where terms look inside it, a ViT of timm's becomes ours, which shows its intermediates.
     """
     teacher = eager(teacher)
     if intermediates and "intermediates" not in inspect.signature(teacher.forward).parameters:
-        teacher = as_slim(teacher)
+        teacher = as_vit(teacher)
     return copy.deepcopy(teacher).eval().requires_grad_(False)

@@ -24,6 +24,9 @@ class Difference:
         """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
+    def __str__(self):
+        return f"{self.points:+.2f} points (95 %: {self.low:+.2f} to {self.high:+.2f})"
+
 
 def paired_difference(correct_a, correct_b, level=0.95):
     """Accuracy of a minus that of b on the same images, as a Difference.

@@ -1,10 +1,18 @@
-"""What a ViT is made of: stems, softmax attention, MLP, block."""
+"""What a ViT is made of beside its attention: stems, norms, MLP, block."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from vitlab.models.attention import linear
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 
 
 class PatchStem(nn.Module):
@@ -12,10 +20,13 @@ class PatchStem(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.dim, config.patch_size, stride=config.patch_size)
+        side = config.patch_size
+        # CLIP's stem, which a norm follows, has no bias
+        self.proj = nn.Conv2d(config.in_chans, config.dim, side, stride=side, bias=not config.pre_norm)
         fan_in = self.proj.weight[0].numel()
         nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1 / fan_in))
-        nn.init.zeros_(self.proj.bias)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -29,7 +40,7 @@ class ConvStem(nn.Module):
     """Overlapping 3x3 convolutions with BatchNorm and GELU (Xiao et al. 2021, "Early convolutions help").
 
     The first layer keeps the resolution, then one layer of stride 2 for each factor 2 of the patch size, with
-    the width doubling up to `dim`; a 1x1 convolution ends it. images B C H W -> tokens B N D.
+    the width doubling up to `stem_width`; a 1x1 convolution to `dim` ends it. images B C H W -> tokens B N D.
     """
 
     def __init__(self, config):
@@ -49,7 +60,7 @@ class ConvStem(nn.Module):
     def plan(config):
         """[(output channels, stride)] of the 3x3 layers."""
         halvings = int(math.log2(config.patch_size))
-        widths = [max(8, config.dim // 2 ** (halvings - i)) for i in range(halvings + 1)]
+        widths = [max(8, config.stem_width // 2 ** (halvings - i)) for i in range(halvings + 1)]
         return [(w, 1 if i == 0 else 2) for i, w in enumerate(widths)]
 
     def forward(self, images):
@@ -67,55 +78,65 @@ class ConvStem(nn.Module):
         return total + side**2 * width * config.dim
 
 
-class Attention(nn.Module):
-    """Multi-head softmax attention (Vaswani et al. 2017, eq. 1), packed qkv, fused by PyTorch's SDPA.
+class PaddedNorm(nn.LayerNorm):
+    """LayerNorm of a vector of which `full - dim` channels, all zero, are not stored.
 
-    tokens B N D -> B N D. The scale is head_dim ** -0.5.
+    With r = dim / full, and mean m and variance s of the stored channels: the whole has mean r m and variance
+    r s + r (1 - r) m^2.
     """
 
-    def __init__(self, dim, heads, *, config, **unknown):
-        super().__init__()
-        if unknown:
-            raise ValueError(f"softmax attention takes no options; given: {', '.join(unknown)}")
-        self.heads, self.head_dim = heads, dim // heads
-        self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def split(self, x):
-        """tokens B N D -> query, key, value, each B heads N head_dim."""
-        b, n, _ = x.shape
-        return self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    def __init__(self, dim, full, eps):
+        super().__init__(dim, eps=eps)
+        self.full = full
 
     def forward(self, x):
-        q, k, v = self.split(x)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        r = x.shape[-1] / self.full
+        var, mean = torch.var_mean(x.float(), dim=-1, correction=0, keepdim=True)
+        spread = torch.rsqrt(r * var + r * (1 - r) * mean.square() + self.eps)
+        return (x - r * mean) * spread * self.weight + self.bias
 
-    def map(self, x):
-        """The attention probabilities, B heads N N, computed beside the fused product for inspection."""
-        q, k, _ = self.split(x)
-        return (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-1)
+
+def norm(config):
+    """The LayerNorm of a config's tokens."""
+    if config.norm_dim is None:
+        return nn.LayerNorm(config.dim, eps=config.norm_eps)
+    return PaddedNorm(config.dim, config.norm_dim, config.norm_eps)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel at the end of a branch (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU; tokens B N D -> B N D.
+    """Two linear layers around an activation; tokens B N D -> B N D.
 
     With `config.mlp == "conv"` a residual depthwise 3x3 convolution over the patch grid stands between
     them (DHVT, Lu et al. 2022; LocalViT), which gives the model its sense of neighbourhood. Prefix tokens
-    pass it by.
+    pass it by. With "glu" (Shazeer 2020) the first layer is twice as wide, and its activated first half is multiplied
+    into the second; with "glu_last" the second is activated. hidden: channels, where not `config.mlp_dim`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, hidden=None):
         super().__init__()
-        self.grid, self.prefix = config.grid, config.prefix_tokens
-        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        hidden = config.mlp_dim if hidden is None else hidden
+        self.hidden, self.grid, self.prefix, self.kind = hidden, config.grid, config.prefix_tokens, config.mlp
+        self.gated = self.kind.startswith("glu")
+        if hidden:
+            self.fc1 = nn.Linear(config.dim, hidden * (1 + self.gated), bias=config.proj_bias)
         self.conv = None
-        if config.mlp == "conv":
-            self.conv = nn.Conv2d(config.mlp_dim, config.mlp_dim, 3, padding=1, groups=config.mlp_dim)
-        self.act = nn.GELU()
+        if hidden and config.mlp == "conv":
+            self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.act = ACTIVATIONS[config.act]()
         self.drop = nn.Dropout(config.dropout)
-        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+        self.norm = nn.LayerNorm(hidden, eps=config.norm_eps) if config.mlp_norm and hidden else None
+        self.fc2 = linear(hidden, config.dim, config.proj_bias)
 
     def local(self, x):
         """tokens B N H -> B N H: the depthwise convolution over the patches."""
@@ -125,11 +146,19 @@ class Mlp(nn.Module):
         mixed = patches + self.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([prefix, mixed], dim=1) if self.prefix else mixed
 
-    def forward(self, x):
+    def forward(self, x, mix=None):
+        """mix: hidden tokens -> hidden tokens, in place of the convolution over the whole grid."""
+        if not self.hidden:
+            return self.drop(self.fc2(x[..., :0]))
         x = self.fc1(x)
         if self.conv is not None:
-            x = self.local(x)
-        return self.drop(self.fc2(self.drop(self.act(x))))
+            x = self.local(x) if mix is None else mix(x)
+        x = self.drop(self._gated(x) if self.gated else self.act(x))
+        return self.drop(self.fc2(x if self.norm is None else self.norm(x)))
+
+    def _gated(self, x):
+        first, second = x.chunk(2, dim=-1)
+        return self.act(first) * second if self.kind == "glu" else first * self.act(second)
 
 
 class DropPath(nn.Module):
@@ -147,17 +176,32 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)).
 
-    def __init__(self, config, attention, *, drop_path=0.0):
+    shape: its widths, where they are not the config's; a branch without channels has no norm either.
+    """
+
+    def __init__(self, config, attention, *, drop_path=0.0, shape=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attn = attention(config.dim, config.heads, config=config, **dict(config.attention_args))
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.mlp = Mlp(config)
+        widths = {} if shape is None else {"shape": shape}
+        self.norm1 = norm(config) if shape is None or shape.heads else nn.Identity()
+        self.attn = attention(config.dim, config.heads, config=config, **widths, **dict(config.attention_args))
+        self.ls1 = LayerScale(config.dim) if config.layer_scale else None
+        self.norm2 = norm(config) if shape is None or shape.hidden else nn.Identity()
+        self.mlp = Mlp(config, None if shape is None else shape.hidden)
+        self.ls2 = LayerScale(config.dim) if config.layer_scale else None
         self.drop = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.drop(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.attended(self.attn(self.norm1(x)))
+        return x + self.mixed(self.mlp(self.norm2(x)))
+
+    def attended(self, x):
+        """What attention gives -> what is added to the tokens."""
+        x = self.drop(x)
+        return self.drop_path(x if self.ls1 is None else self.ls1(x))
+
+    def mixed(self, x):
+        """What the MLP gives -> what is added to the tokens; linear, token by token."""
+        return self.drop_path(x if self.ls2 is None else self.ls2(x))

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitlab.models.attention import ATTENTIONS
 from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
 from vitlab.models.kernels.linear import macs as product_macs
-from vitlab.models.vit import ATTENTIONS
 
 PRODUCTS = ("linear", "softmax")
 

@@ -1,23 +1,31 @@
 """The one Vision Transformer of the study.
 
-Every method is a constructor argument of this model: another attention class, stem, MLP or pooling.
-Parameters are named as in timm's `VisionTransformer`, so that weights move between the two.
+A method is a field of its config: another attention, stem, MLP or pooling, other widths. Parameters are named as in
+timm's `VisionTransformer`, so that weights move between the two (`models.timm`).
 """
 
-import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from vitlab.models.checkpoint import register
-from vitlab.models.layers import Attention, Block, ConvStem, PatchStem
+from vitlab.models.attention import attention_class
+from vitlab.models.checkpoint import as_dataclass, register
+from vitlab.models.layers import ACTIVATIONS, Block, ConvStem, PatchStem, norm
+from vitlab.models.shape import BlockShape
+from vitlab.utils.files import LATER
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
-POOLS = ("cls", "mean")
-POSITIONS = ("learned", "none")
-ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
-PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
+CHOICES = {
+    "stem": STEMS, "mlp": ("plain", "conv", "glu", "glu_last"), "pos": ("learned", "patches", "none"),
+    "pool": ("cls", "mean"), "pool_norm": ("before", "after"), "act": ACTIVATIONS,
+}  # fmt: skip
+COUNTS = dict.fromkeys(("image_size", "patch_size", "in_chans", "num_classes", "dim", "heads", "mlp_dim"), 1)
+
+
+def later(default):
+    """A field that came after arms had been trained."""
+    return field(default=default, metadata=LATER)
 
 
 @register("vit")
@@ -25,9 +33,13 @@ PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
 class ViTConfig:
     """Shape of a ViT; plain data, so that a checkpoint can carry it.
 
-    Sizes are in pixels (image, patch), channels (dim, mlp_dim, head_hidden) or counts. `mlp_dim` defaults to
-    4 * dim. `qkv_bias=False` and `head_hidden` (a hidden layer in the classifier) are what the
-    earlier projects used. `pool_norm="after"` is timm's `fc_norm`: the last LayerNorm follows the mean.
+    Sizes are in pixels (image, patch), channels (dim, mlp_dim, head_hidden) or counts. `mlp_dim` defaults to 4 * dim.
+    `qkv_bias=False` and `head_hidden` (a hidden layer in the classifier) are what the earlier projects used.
+
+    blocks: a `BlockShape` for each block, where they are not all of the widths that heads, mlp_dim and drop_path give;
+    `shapes` has them in either case. Of a model with pruned embedding channels, norm_dim is what its LayerNorms'
+    statistics run over (the removed channels count as zeros; None: plain LayerNorms), and stem_dim what a conv stem's
+    inner widths derive from (None: dim). A field that is None is what is said beside it.
     """
 
     image_size: int = 32
@@ -38,11 +50,11 @@ class ViTConfig:
     depth: int = 6
     heads: int = 3
     mlp_dim: int | None = None
-    mlp: str = "plain"  # "plain" | "conv": a depthwise 3x3 over the patch grid between the two layers
+    mlp: str = "plain"  # | "conv": a depthwise 3x3 over the patch grid between the two layers | "glu" | "glu_last"
     stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions
-    pos: str = "learned"  # "learned" | "none"
-    pool: str = "cls"  # "cls" | "mean"
-    pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling
+    pos: str = "learned"  # "learned" | of the "patches" alone | "none"
+    pool: str = "cls"  # "cls" | "mean" of the patches
+    pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling (timm's fc_norm)
     distilled: bool = False  # DeiT's second token and head
     qkv_bias: bool = True
     head_hidden: int | None = None
@@ -52,31 +64,79 @@ class ViTConfig:
     attention_dropout: float = 0.0
     drop_path: float = 0.0  # stochastic depth: rate of the last block, rising linearly from 0
     norm_eps: float = 1e-6
+    blocks: tuple | None = later(None)
+    norm_dim: int | None = later(None)
+    stem_dim: int | None = later(None)
+    class_token: bool | None = later(None)  # None: where it is pooled
+    registers: int = later(0)  # further tokens (Darcet et al. 2024)
+    pool_prefix: bool = later(False)  # the mean is over all tokens
+    pre_norm: bool = later(False)  # CLIP's: a norm before the blocks, no bias in the stem
+    proj_bias: bool = later(True)
+    qk_norm: bool = later(False)
+    attention_norm: bool = later(False)  # before the projection
+    mlp_norm: bool = later(False)  # before the second layer
+    layer_scale: bool = later(False)
+    act: str = later("gelu")
+    pos_dropout: float | None = later(None)  # None: dropout
+    head_dropout: float | None = later(None)  # None: dropout with a hidden layer, else 0
 
     def __post_init__(self):
-        object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.dim)
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("mlp_dim", self.mlp_dim or 4 * self.dim)
         pairs = self.attention_args.items() if isinstance(self.attention_args, dict) else self.attention_args
-        object.__setattr__(self, "attention_args", tuple((str(k), v) for k, v in pairs))
-        for name in ("image_size", "patch_size", "in_chans", "num_classes", "dim", "depth", "heads", "mlp_dim"):
+        put("attention_args", tuple((str(k), v) for k, v in pairs))
+        if self.blocks is not None:
+            put("blocks", tuple(as_dataclass(BlockShape, b) for b in self.blocks))
+            put("depth", len(self.blocks))
+        self._check()
+        # one way to say it, so that equal models have equal configs
+        said = {"norm_dim": self.dim, "stem_dim": self.dim, "class_token": self.pool == "cls",
+                "pos_dropout": self.dropout, "head_dropout": self.dropout if self.head_hidden else 0.0}  # fmt: skip
+        for name in (n for n, value in said.items() if getattr(self, n) == value):
+            put(name, None)
+        if self.blocks and self.dim % self.heads == 0 and self.blocks == self._uniform():
+            put("blocks", None)
+
+    def _check(self):
+        given = self.blocks is not None
+        for name, least in (COUNTS | {"depth": int(not given), "registers": 0}).items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
-        if self.dim % self.heads:
+        if self.dim % self.heads and not given:
             raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
-        choices = {"stem": STEMS, "pool": POOLS, "pos": POSITIONS, "mlp": ("plain", "conv"),
-                   "pool_norm": ("before", "after")}  # fmt: skip
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("dropout", "attention_dropout", "drop_path", "pos_dropout", "head_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a rate in [0, 1) is needed")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size={self.patch_size}: the conv stem halves the image, so a power of two")
-        if self.distilled and self.pool != "cls":
-            raise ValueError("distilled=True needs pool='cls': the distillation token stands beside it")
+        if self.distilled and (self.pool != "cls" or self.registers):
+            raise ValueError("distilled=True needs pool='cls' and no registers: its token stands beside the CLS token")
+        if self.class_token is False and self.pool == "cls":
+            raise ValueError("pool='cls' needs the class token")
+        if self.norm_dim is not None and self.norm_dim < self.dim:
+            raise ValueError(f"norm_dim={self.norm_dim} is less than the {self.dim} channels that there are")
+        if given and self.attention != "softmax":
+            raise ValueError(f"attention={self.attention!r}: only softmax attention has blocks of their own widths")
+
+    def _uniform(self):
+        rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
+        return tuple(BlockShape.uniform(self.dim, self.heads, self.mlp_dim, rate) for rate in rates)
+
+    @property
+    def shapes(self):
+        """The `BlockShape` of every block."""
+        return self._uniform() if self.blocks is None else self.blocks
+
+    @property
+    def stem_width(self):
+        """What a conv stem's inner widths derive from."""
+        return self.stem_dim or self.dim
 
     @property
     def grid(self):
@@ -84,9 +144,18 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     @property
+    def mlp_layers(self):
+        """Matrices of D x H in the MLP."""
+        return 3 if self.mlp.startswith("glu") else 2
+
+    @property
+    def has_class_token(self):
+        return self.pool == "cls" if self.class_token is None else self.class_token
+
+    @property
     def prefix_tokens(self):
-        """Tokens before the patches: the CLS token, and the distillation token if there is one."""
-        return (self.pool == "cls") + self.distilled
+        """Tokens before the patches: the CLS token, the distillation token, registers, those that there are."""
+        return self.has_class_token + self.distilled + self.registers
 
     @property
     def tokens(self):
@@ -97,33 +166,39 @@ class ViTConfig:
         """A ViT of this shape with new weights."""
         return ViT(self)
 
+    def parameters(self):
+        """Number of parameters."""
+        with torch.device("meta"):  # shapes are enough
+            return sum(p.numel() for p in self.build().parameters())
+
+    def padded(self, block):
+        """Width that the heads of `block`, a BlockShape, are filled up to, for one fused attention; 0 for none."""
+        return 0 if self.qk_norm else block.padded
+
+    def products(self, block):
+        """Channels that take part in the two products of tokens with tokens, those that are filled up counted."""
+        padded = 2 * self.padded(block) * len(block.each_head)
+        return padded or sum(qk + v for qk, v in block.each_head if qk)
+
     def macs(self):
         """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
 
-        Per block with N tokens and width D: 4 N D^2 (qkv, proj) + 2 N^2 D (the two attention products), or what an
-        attention of another kind says, + 2 N D H (MLP of width H) + 9 n H for a depthwise 3x3 over the n patches.
+        Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
+        N D (2 Q + V) + N^2 (Q + V) + N V D, or what an attention of another kind says, + 2 N D H (3 with a GLU)
+        + 9 n H for a depthwise 3x3 over n patches. Where heads are `padded`, the products of tokens are those of the
+        padded widths; else a head without query/key channels averages its values: no product of tokens.
         """
-        n, d, h, patches = self.tokens, self.dim, self.mlp_dim, self.grid**2
-        block = self._attention_macs() + 2 * n * d * h + (9 * patches * h if self.mlp == "conv" else 0)
-        hidden = self.head_hidden
-        head = d * self.num_classes if hidden is None else d * hidden + hidden * self.num_classes
-        return self.depth * block + STEMS[self.stem].macs(self) + head * (1 + self.distilled)
-
-    def _attention_macs(self):
-        if self.attention == "softmax":
-            return 4 * self.tokens * self.dim**2 + 2 * self.tokens**2 * self.dim
-        build = attention_class(self.attention)
-        with torch.device("meta"):  # shapes are enough
-            return build(self.dim, self.heads, config=self, **dict(self.attention_args)).macs()
-
-
-def attention_class(name):
-    """The attention class of that name; the module that provides it is imported when it is first asked for."""
-    if name not in ATTENTIONS and name in PROVIDERS:
-        importlib.import_module(PROVIDERS[name])
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention={name!r}: choose one of {', '.join({**ATTENTIONS, **PROVIDERS})}")
-    return ATTENTIONS[name]
+        n, d, other = self.tokens, self.dim, None
+        if self.attention != "softmax":
+            with torch.device("meta"):
+                build = attention_class(self.attention)
+                other = build(d, self.heads, config=self, **dict(self.attention_args)).macs()
+        hidden, classes, total = self.head_hidden, self.num_classes, STEMS[self.stem].macs(self)
+        total += (d * classes if hidden is None else d * hidden + hidden * classes) * (1 + self.distilled)
+        for block in self.shapes:
+            total += other or n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
+            total += block.hidden * (self.mlp_layers * n * d + (9 * self.grid**2 if self.mlp == "conv" else 0))
+        return total
 
 
 class ViT(nn.Module):
@@ -137,55 +212,61 @@ class ViT(nn.Module):
         super().__init__()
         attention = attention or attention_class(config.attention)
         self.config = config
-        dim = config.dim
+        token = lambda n: nn.Parameter(torch.zeros(1, n, config.dim)) if n else None  # noqa: E731
         self.patch_embed = STEMS[config.stem](config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.pool == "cls" else None
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.distilled else None
-        learned = config.pos == "learned"
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, dim)) if learned else None
-        self.pos_drop = nn.Dropout(config.dropout)
-        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, attention, drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.cls_token, self.dist_token = token(int(config.has_class_token)), token(int(config.distilled))
+        self.reg_token = token(config.registers)
+        self.pos_embed = token({"learned": config.tokens, "patches": config.grid**2, "none": 0}[config.pos])
+        self.pos_drop = nn.Dropout(config.dropout if config.pos_dropout is None else config.pos_dropout)
+        self.norm_pre = norm(config) if config.pre_norm else None
+        own = config.blocks is not None
+        self.blocks = nn.ModuleList(
+            Block(config, attention, drop_path=shape.drop_path, shape=shape if own else None) for shape in config.shapes
+        )
+        self.norm = norm(config)
+        dropped = config.head_dropout and config.head_hidden is None
+        self.head_drop = nn.Dropout(config.head_dropout) if dropped else None
         self.head = self._head()
         self.head_dist = self._head() if config.distilled else None
         self.apply(_init)
-        for token in (self.cls_token, self.dist_token, self.pos_embed):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+        for part in (self.cls_token, self.dist_token, self.pos_embed, self.reg_token):
+            if part is not None:
+                nn.init.trunc_normal_(part, std=0.02)
 
     def _head(self):
-        dim, hidden, classes = self.config.dim, self.config.head_hidden, self.config.num_classes
+        config = self.config
+        dim, hidden, classes = config.dim, config.head_hidden, config.num_classes
         if hidden is None:
             return nn.Linear(dim, classes)
-        return nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(self.config.dropout), nn.Linear(hidden, classes)
-        )
+        drop = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
+        return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), drop, nn.Linear(hidden, classes))
 
     def embed(self, images):
-        """images B C H W -> tokens B N D: patches, then the prefix tokens before them, then positions."""
-        if images.shape[1:] != (self.config.in_chans, self.config.image_size, self.config.image_size):
-            side = self.config.image_size
-            raise ValueError(
-                f"images of shape {tuple(images.shape[1:])}; this model takes ({self.config.in_chans}, {side}, {side})"
-            )
+        """images B C H W -> tokens B N D: patches, then the prefix tokens before them, with positions."""
+        config = self.config
+        wanted = (config.in_chans, config.image_size, config.image_size)
+        if images.shape[1:] != wanted:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}; this model takes {wanted}")
         x = self.patch_embed(images)  # B N D
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token) if t is not None]
-        x = torch.cat([*prefix, x], dim=1) if prefix else x
-        if self.pos_embed is not None:
+        if config.pos == "patches":
             x = x + self.pos_embed
-        return self.pos_drop(x)
+        prefix = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        x = torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], dim=1) if prefix else x
+        x = self.pos_drop(x + self.pos_embed if config.pos == "learned" else x)
+        return x if self.norm_pre is None else self.norm_pre(x)
 
     def pool(self, x):
         """tokens B N D -> what the head reads, B D (distilled: B 2 D)."""
-        if self.config.pool == "mean":
-            before = self.config.pool_norm == "before"
-            return self.norm(x).mean(dim=1) if before else self.norm(x.mean(dim=1))
+        config = self.config
+        if config.pool == "mean":
+            x = x if config.pool_prefix else x[:, config.prefix_tokens :]
+            return self.norm(x).mean(dim=1) if config.pool_norm == "before" else self.norm(x.mean(dim=1))
         # LayerNorm is per token: normalise only those that are read
-        return self.norm(x[:, : 1 + self.config.distilled]).squeeze(1)
+        return self.norm(x[:, : 1 + config.distilled]).squeeze(1)
 
     def classify(self, pooled):
         """Pooled features -> logits B K. A distilled model gives (logits, distillation logits) in training."""
+        pooled = pooled if self.head_drop is None else self.head_drop(pooled)
         if not self.config.distilled:
             return self.head(pooled)
         both = self.head(pooled[:, 0]), self.head_dist(pooled[:, 1])
@@ -213,47 +294,7 @@ class ViT(nn.Module):
 
 def _init(module):
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.weight.numel():
+            nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def from_timm(source):
-    """Our ViT with the weights of a `timm.models.VisionTransformer` (plain or distilled DeiT).
-
-    Whatever this model cannot represent exactly (register tokens, LayerScale, QK-norm, ...) is refused
-    by name (ValueError), since silently dropping it would give wrong outputs.
-    """
-    state = source.state_dict()
-    unsupported = {
-        "register tokens": getattr(source, "num_reg_tokens", 0) or getattr(source, "reg_token", None) is not None,
-        "LayerScale": any(k.endswith("ls1.gamma") for k in state),
-        "QK-norm": any(".q_norm." in k for k in state),
-        "norm before the blocks": any(k.startswith("norm_pre.") for k in state),
-        "position embedding without the prefix tokens": getattr(source, "no_embed_class", False)
-        and getattr(source, "num_prefix_tokens", 0) > 0,
-        "attention pooling": getattr(source, "attn_pool", None) is not None,
-        "a stem that is not one convolution": not hasattr(source.patch_embed, "proj"),
-        "a size other than square": len(set(source.patch_embed.img_size)) > 1,
-        "MLPs that are not two linear layers with GELU": not all(
-            hasattr(b, "mlp") and isinstance(getattr(b.mlp, "act", None), nn.GELU) for b in source.blocks
-        ),
-        "mean pooling over a model with a CLS token": source.global_pool == "avg" and source.num_prefix_tokens > 0,
-    }
-    found = [name for name, has in unsupported.items() if has]
-    if found or source.global_pool not in ("token", "avg"):
-        found += [] if source.global_pool in ("token", "avg") else [f"global_pool={source.global_pool!r}"]
-        raise ValueError(f"this timm model has {', '.join(found)}, which vitlab's ViT does not have")
-    embed, block = source.patch_embed, source.blocks[0]
-    config = ViTConfig(
-        image_size=embed.img_size[0], patch_size=embed.patch_size[0], in_chans=embed.proj.in_channels,
-        num_classes=source.num_classes, dim=source.embed_dim, depth=len(source.blocks), heads=block.attn.num_heads,
-        mlp_dim=block.mlp.fc1.out_features, pool="cls" if source.global_pool == "token" else "mean",
-        pool_norm="after" if isinstance(source.norm, nn.Identity) else "before",
-        pos="none" if source.pos_embed is None else "learned", distilled="dist_token" in state,
-        qkv_bias=block.attn.qkv.bias is not None, norm_eps=block.norm1.eps,
-    )  # fmt: skip
-    model = ViT(config)
-    renamed = {k.replace("fc_norm.", "norm."): v for k, v in state.items()}
-    model.load_state_dict(renamed)
-    return model.train(source.training)

@@ -142,7 +142,7 @@ def kept_share(config, masks):
     """What is left under `masks`, in %: a DataFrame, a row a block; columns: query/key, value, MLP and, of
     the value channels, each head."""
     lines = {}
-    for i, block in enumerate(config.blocks):
+    for i, block in enumerate(config.shapes):
         part = {kind: masks.get(f"blocks.{i}.{kind}", torch.ones(1)).float() for kind in KINDS}
         line = {"q, k": part["qk"].mean(), "v": part["v"].mean(), "MLP": part["mlp"].mean()}
         of_heads = masks.get(f"blocks.{i}.v", torch.ones(block.v)).float().split([v for _, v in block.each_head])
@@ -170,8 +170,8 @@ def published_export(arm, masks):
     core = arm.model.core if isinstance(arm.model, GatedViT) else arm.model
     exact, blocks = slim(core, masks), []
     state = exact.state_dict()
-    for i, block in enumerate(exact.config.blocks):
-        heads, at = len(block.each_head) and len(core.config.blocks[i].each_head), f"blocks.{i}.attn."
+    for i, block in enumerate(exact.config.shapes):
+        heads, at = len(block.each_head) and len(core.config.shapes[i].each_head), f"blocks.{i}.attn."
         qk, v = (block.qk // heads, block.v // heads) if heads else (0, 0)
         for name in (at + "qkv.weight", at + "qkv.bias"):
             if heads and name in state:

@@ -18,7 +18,7 @@ def test_a_head_ratio_removes_that_many_heads():
     for gone in range(1, 12):
         for scope in ("layer", "global", "kind"):
             left = narrow(config, select(config, scores, ratio=gone / 12, scope=scope))
-            heads = [len(b.each_head) for b in left.blocks]
+            heads = [len(b.each_head) for b in left.shapes]
             assert sum(heads) == 24 - 2 * gone
             assert scope != "layer" or heads == [12 - gone] * 2
     with pytest.raises(ValueError, match="removes nothing"):
@@ -30,10 +30,10 @@ def test_widths_are_multiples_and_heads_even_when_asked():
     scores = score(model, "random", kinds=("qk", "v", "mlp", "embed"))
     for ratio in (0.1, 0.4, 0.7):
         left = narrow(shape_of(model), select(shape_of(model), scores, ratio=ratio))
-        widths = [w for b in left.blocks for head in b.each_head for w in head]
-        assert all(w % 8 == 0 for w in [*widths, left.dim, *(b.hidden for b in left.blocks)])
+        widths = [w for b in left.shapes for head in b.each_head for w in head]
+        assert all(w % 8 == 0 for w in [*widths, left.dim, *(b.hidden for b in left.shapes)])
         even = narrow(shape_of(model), select(shape_of(model), scores, ratio=ratio, uniform=True))
-        assert all(len(b.heads) == 1 and b.heads[0][1] == b.heads[0][2] for b in even.blocks)
+        assert all(len(b.heads) == 1 and b.heads[0][1] == b.heads[0][2] for b in even.shapes)
 
 
 def test_budgets_are_met_and_tight():
@@ -47,7 +47,7 @@ def test_budgets_are_met_and_tight():
                 masks = select(shape, scores, macs=target, multiple=1, scope=scope, per_mac=per_mac)
                 left = narrow(shape, masks).macs()
                 assert left <= target and (scope == "layer" or left > 0.97 * target)
-    meter = lambda config: sum(b.qk + b.v + b.hidden for b in config.blocks) / 100  # noqa: E731
+    meter = lambda config: sum(b.qk + b.v + b.hidden for b in config.shapes) / 100  # noqa: E731
     masks = select(shape, scores, latency=2.0, meter=meter, multiple=1)
     assert 1.9 < meter(narrow(shape, masks)) <= 2.0
 

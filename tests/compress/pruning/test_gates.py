@@ -25,7 +25,7 @@ def test_trained_gates_are_folded():
     small = slim(gated, masks)
     assert torch.allclose(small(images()), expected, atol=2e-5, rtol=1e-5)
     assert torch.allclose(slim(gated)(images()), gated(images()), atol=2e-5, rtol=1e-5)
-    assert slim(gated).config.blocks[0].hidden == 33
+    assert slim(gated).config.shapes[0].hidden == 33
     assert not [n for n, _ in small.named_parameters() if "gate" in n]
 
 

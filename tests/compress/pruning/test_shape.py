@@ -42,6 +42,6 @@ def test_published_shape():
     assert shape.parameters() == 9_786_378
     masks = select(shape, score(ViT(config), "random"), ratio=0.4)
     left = narrow(shape, masks)
-    kept = sum(b.qk + b.v + b.hidden for b in left.blocks)
+    kept = sum(b.qk + b.v + b.hidden for b in left.shapes)
     assert kept / (6 * 3 * 512) == pytest.approx(0.6, abs=0.02)
-    assert all(w % 8 == 0 for b in left.blocks for head in b.each_head for w in head)
+    assert all(w % 8 == 0 for b in left.shapes for head in b.each_head for w in head)

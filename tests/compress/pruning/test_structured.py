@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from vitlab.compress.pruning.budget import select
-from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.criteria import score
 from vitlab.compress.pruning.gates import L1, GatedViT
-from vitlab.compress.pruning.shape import sizes
+from vitlab.compress.pruning.shape import prunable, sizes
 from vitlab.compress.pruning.structured import masked, prune, shape_of, slim
 from vitlab.data.datasets import load
 from vitlab.models import checkpoint
@@ -30,9 +29,9 @@ def test_slim_equals_masked_equals_hooks(source, name, seed):
     small = slim(model, masks)
     assert torch.allclose(small(images()), expected, atol=1e-5)
     assert len(small.blocks) == 3 - seed
-    assert len({w for b in small.config.blocks for w in b.each_head}) > 1  # uneven heads
-    assert any(not b.heads for b in small.config.blocks) and any(not b.hidden for b in small.config.blocks)
-    counted = sum(p.numel() for n, p in small.named_parameters() if ".layers." not in n)
+    assert len({w for b in small.config.shapes for w in b.each_head}) > 1  # uneven heads
+    assert any(not b.heads for b in small.config.shapes) and any(not b.hidden for b in small.config.shapes)
+    counted = sum(p.numel() for p in small.parameters())
     assert counted == small.config.parameters()
 
 
@@ -111,17 +110,17 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="shape"):
         slim(model, {"blocks.0.mlp": torch.ones(39)})
     with pytest.raises(ValueError, match="supported"):
-        as_slim(nn.Linear(2, 2))
+        prunable(nn.Linear(2, 2))
 
     class Other(type(model.blocks[0].attn)):
         pass
 
     with pytest.raises(ValueError, match="the attention Other"):
-        as_slim(ViT(ViTConfig(**TINY), attention=Other))
+        prunable(ViT(ViTConfig(**TINY), attention=Other))
     timm = pytest.importorskip("timm")
     for odd in ({"pre_norm": True}, {"global_pool": "map"}, {"norm_layer": "rmsnorm"}):
         with pytest.raises(ValueError, match="supported"):
-            as_slim(timm.models.vision_transformer.VisionTransformer(
+            prunable(timm.models.vision_transformer.VisionTransformer(
                 img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, num_classes=10, **odd
             ))  # fmt: skip
 

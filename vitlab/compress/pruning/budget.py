@@ -14,9 +14,9 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
            uniform=False, least=0.0, per_mac=False):  # fmt: skip
     """Masks ({structure: bool tensor}) that keep the best-scored units within one budget.
 
-    config: of a SlimViT or GatedViT; scores: {structure: tensor}, larger = keep (`criteria.score`).
+    config: a ViTConfig, see `structured.shape_of`; scores: {structure: tensor}, larger = keep (`criteria.score`).
     Give one of: ratio (share of the units removed, in (0, 1)), macs (of one image, absolute), latency (ms, by
-    `meter(SlimConfig) -> ms`; default `timed`).
+    `meter(ViTConfig) -> ms`; default `timed`).
     scope: units are ranked "global"ly, per "layer" (structure), or per "kind" of structure over all
     layers (isomorphic pruning, Fang et al. 2024). per_mac: scores are divided by what a unit costs.
     multiple: widths (a head's query/key and value channels, MLP, embedding) become its nearest multiple.
@@ -101,7 +101,7 @@ class _Ranking:
             return best(score, max(int(mask.sum()), -int(-self.least * len(mask) // 1)))
         if kind in ("mlp", "embed"):
             return best(score, self.width(int(mask.sum()), len(mask)))
-        widths = [w[kind == "v"] for w in self.config.blocks[int(name.split(".")[1])].each_head]
+        widths = [w[kind == "v"] for w in self.config.shapes[int(name.split(".")[1])].each_head]
         # a head that is left needs a query/key channel only if it had one; one without values is no head
         floor = 1 if kind == "qk" else 0
         parts = zip(score.split(widths), mask.split(widths))
@@ -116,7 +116,7 @@ class _Ranking:
 
     def with_uniform_heads(self, masks):
         """Equal query/key and value widths of the heads left in a block: the rounded mean of their counts."""
-        for i, block in enumerate(self.config.blocks):
+        for i, block in enumerate(self.config.shapes):
             names = [n for n in (f"blocks.{i}.qk", f"blocks.{i}.v") if n in masks]
             live = masks.get(f"blocks.{i}.heads", torch.ones(len(block.each_head), dtype=torch.bool)).clone()
             if f"blocks.{i}.v" in names:

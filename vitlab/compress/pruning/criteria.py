@@ -5,9 +5,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.gates import GatedViT
-from vitlab.compress.pruning.shape import head_index, kind_of, sizes
+from vitlab.compress.pruning.shape import head_index, kind_of, prunable, sizes
 from vitlab.data.augment import normalize
 from vitlab.utils import rng
 from vitlab.utils.device import device_of, running
@@ -16,7 +15,7 @@ CRITERIA = ("gates", "magnitude", "taylor", "fisher", "geometric-median", "simil
 
 
 def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
-    """{structure: scores of its units} of a model (anything `as_slim` takes, or a `GatedViT`).
+    """{structure: scores of its units} of a model (anything `prunable` takes, or a `GatedViT`).
 
     criterion:
     "gates": |trained gate| (of a GatedViT);
@@ -38,7 +37,7 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
     if criterion == "gates":
         return _gates(model, kinds)
     source = model.core if isinstance(model, GatedViT) else model
-    units = sizes(source.config if isinstance(model, GatedViT) else as_slim(source).config, kinds)
+    units = sizes(source.config if isinstance(model, GatedViT) else prunable(source).config, kinds)
     if criterion == "random":
         return {name: torch.rand(n, generator=rng.generator(seed, "prune", name)) for name, n in units.items()}
     if criterion in ("taylor", "fisher"):
@@ -47,7 +46,7 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
         if tuple(kinds) != ("block",):
             raise ValueError(f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}")
         return _similarity(model, data)
-    vectors = unit_weights(as_slim(source), units)
+    vectors = unit_weights(prunable(source), units)
     measure = _norms if criterion == "magnitude" else _distances
     return {name: _relative(measure(v)) if kind_of(name) != "block" else measure(v) for name, v in vectors.items()}
 
@@ -92,8 +91,8 @@ def _gradients(model, kinds, data, squared):
 
 
 def _similarity(model, data):
-    core = as_slim(model) if not isinstance(model, GatedViT) else model
-    total = torch.zeros(len(core.config.blocks), device=device_of(core))
+    core = prunable(model) if not isinstance(model, GatedViT) else model
+    total = torch.zeros(len(core.config.shapes), device=device_of(core))
     with running([core], device_of(core)):
         for images, _ in data:
             _, seen = core(images, intermediates=True)
@@ -119,7 +118,7 @@ def _relative(scores):
 
 @torch.no_grad()
 def unit_weights(core, units):
-    """{structure: units x weights}: every weight that leaves with a unit of a `SlimViT`, as one row.
+    """{structure: units x weights}: every weight that leaves with a unit of a ViT, as one row.
 
     Heads of unequal widths are padded with zeros.
     """
@@ -130,7 +129,7 @@ def unit_weights(core, units):
             found[name] = _embedding(weights)
             continue
         _, i, kind = name.split(".")
-        at, block = f"blocks.{i}.", core.config.blocks[int(i)]
+        at, block = f"blocks.{i}.", core.config.shapes[int(i)]
         if kind == "mlp":
             rows = [weights[at + "mlp.fc1.weight"], weights[at + "mlp.fc2.weight"].T]
             found[name] = torch.cat(rows, 1)

@@ -6,14 +6,14 @@ multiplied weights; there is no second model and nothing is patched, and leaving
 pruned model exactly is possible.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from vitlab.compress.pruning.convert import as_slim
-from vitlab.compress.pruning.shape import KINDS, check, head_index, sizes
+from vitlab.compress.pruning.shape import KINDS, check, head_index, prunable, sizes
 from vitlab.models.checkpoint import Wrapper, register
 from vitlab.train.loop import cross_entropy
 from vitlab.utils.files import described
@@ -38,7 +38,7 @@ class GatedConfig(Wrapper):
 class GatedViT(nn.Module):
     """A ViT whose q/k, value and MLP channels, heads, embedding channels and blocks have gates.
 
-    model: anything `as_slim` takes (it is copied). kinds: what has a trainable gate. Where the gates act:
+    model: anything `prunable` takes (it is copied). kinds: what has a trainable gate. Where the gates act:
     "qk" (query/key channels): the product of query and key channel; "v": the value channel; "heads": the
     head's output; "mlp": the hidden channel after the activation; "block": both branches with their biases;
     "embed" (once a model): every LayerNorm's output; a gate of 0 also empties the residual channel.
@@ -47,7 +47,7 @@ class GatedViT(nn.Module):
 
     def __init__(self, model, kinds=("qk", "v", "mlp"), masks=None):
         super().__init__()
-        self.core = as_slim(model)
+        self.core = copy.deepcopy(prunable(model))
         device = next(self.core.parameters()).device
         config, self.kinds = self.core.config, tuple(kinds)
         gates = sizes(config, kinds)
@@ -55,7 +55,7 @@ class GatedViT(nn.Module):
         every = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
         for name, size in every.items():
             self.register_buffer(f"mask_{_key(name)}", torch.ones(size, device=device))
-        for i, block in enumerate(config.blocks):
+        for i, block in enumerate(config.shapes):
             self.register_buffer(f"head_of_{i}", head_index(block, "v").to(device), persistent=False)
         self.structures = tuple(every)
         if masks:
@@ -92,7 +92,7 @@ class GatedViT(nn.Module):
 
     def folded(self):
         """{parameter: weight with the gates multiplied in} of the parameters that gates touch."""
-        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.shape.blocks))]
+        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.shape.shapes))]
         return fold(dict(self.core.named_parameters()), self.shape, self.values(), heads)
 
     def forward(self, images, intermediates=False):
@@ -115,7 +115,7 @@ def fold(weights, config, gates, heads):
             old = new.get(name, weights[name])
             new[name] = old * factor.to(old.dtype).reshape([-1 if a == axis else 1 for a in range(old.ndim)])
 
-    for i, block in enumerate(config.blocks):
+    for i, block in enumerate(config.shapes):
         at, gate = f"blocks.{i}.", {kind: gates.get(f"blocks.{i}.{kind}") for kind in KINDS}
         if gate["qk"] is not None:  # on the query alone: the product takes it once
             rest = gate["qk"].new_ones(block.qk + block.v)

@@ -3,15 +3,14 @@
 import bisect
 from dataclasses import replace
 
-from vitlab.compress.pruning.shape import SlimBlock
-from vitlab.compress.pruning.slim import SlimViT
 from vitlab.metrics.meters import latency
+from vitlab.models.shape import BlockShape
 from vitlab.utils.device import example
 
 
 def timed(config, batch=64, device="cpu", dtype=None, seconds=0.2):
     """Median time in ms of a forward pass of `batch` images through a model of this shape, warmed up."""
-    model = SlimViT(config).eval().to(device)
+    model = config.build().eval().to(device)
     images = example(model, (config.in_chans, config.image_size, config.image_size), batch)
     return 1e3 * latency(model, images, dtype=dtype, warmup=3, seconds=seconds).median_s
 
@@ -25,7 +24,7 @@ class LatencyTable:
     """
 
     def __init__(self, config, points=5, copies=4, measure=timed):
-        first = config.blocks[0]
+        first = config.shapes[0]
         self.base = measure(replace(config, blocks=()))
         heads, width = len(first.each_head), first.each_head[0][0]
 
@@ -33,7 +32,7 @@ class LatencyTable:
             return max(0.0, (measure(replace(config, blocks=(block,) * copies)) - self.base) / copies)
 
         steps = [i / (points - 1) for i in range(points)]
-        empty = SlimBlock(heads=(), hidden=0, scale=first.scale)
+        empty = BlockShape(heads=(), hidden=0, scale=first.scale)
         nothing = per_block(empty)
         self.rows = {"attention": [(0, nothing)], "mlp": [(0, 0.0)]}
         for w in sorted({max(1, round(width * s)) for s in steps if s}):
@@ -45,7 +44,7 @@ class LatencyTable:
     def __call__(self, config):
         """Milliseconds of a model of this shape."""
         total = self.base
-        for block in config.blocks:
+        for block in config.shapes:
             total += _between(self.rows["attention"], block.qk + block.v) + _between(self.rows["mlp"], block.hidden)
         return total
 

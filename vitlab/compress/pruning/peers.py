@@ -5,8 +5,7 @@ import warnings
 
 import torch
 
-from vitlab.compress.pruning.convert import as_slim
-from vitlab.compress.pruning.shape import narrow
+from vitlab.compress.pruning.shape import narrow, prunable
 from vitlab.metrics.predict import input_size
 from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
@@ -22,8 +21,8 @@ def torch_pruning(model, macs, *, multiple=8, step=0.02):
     is taken.
     Raises ValueError where the smallest it makes is still too large.
     """
-    full = as_slim(model)
-    if any(len(b.heads) != 1 or b.heads[0][1] != b.heads[0][2] for b in full.config.blocks):
+    full = prunable(model)
+    if any(len(b.heads) != 1 or b.heads[0][1] != b.heads[0][2] for b in full.config.shapes):
         raise ValueError("torch-pruning needs heads of equal width, the same for queries, keys and values")
     smallest = full.config.macs()
     for i in range(1, int(0.9 / step) + 1):  # not a bisection: a layer that would vanish stays whole there
@@ -55,7 +54,7 @@ def _chosen(full, ratio, multiple):
 def _masks(pruner, copied, config):
     names = {module: name for name, module in copied.named_modules()}
     masks = {}
-    for i, block in enumerate(config.blocks):
+    for i, block in enumerate(config.shapes):
         masks |= {f"blocks.{i}.qk": torch.ones(block.qk, dtype=torch.bool),
                   f"blocks.{i}.v": torch.ones(block.v, dtype=torch.bool),
                   f"blocks.{i}.mlp": torch.ones(block.hidden, dtype=torch.bool)}  # fmt: skip
@@ -79,12 +78,12 @@ def _timm(full):
     from timm.models.vision_transformer import VisionTransformer
 
     c = full.config
-    if c.mlp != "plain" or len({(b.heads, b.hidden) for b in c.blocks}) != 1:
+    if c.mlp != "plain" or len({(b.heads, b.hidden) for b in c.shapes}) != 1:
         raise ValueError("torch-pruning is compared on plain ViTs with equal blocks only")
     made = VisionTransformer(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.in_chans, num_classes=c.num_classes,
-        embed_dim=c.dim, depth=len(c.blocks), num_heads=c.blocks[0].heads[0][0],
-        mlp_ratio=c.blocks[0].hidden / c.dim, qkv_bias=c.qkv_bias,
+        embed_dim=c.dim, depth=len(c.shapes), num_heads=c.shapes[0].heads[0][0],
+        mlp_ratio=c.shapes[0].hidden / c.dim, qkv_bias=c.qkv_bias,
     )  # fmt: skip
     blocks = {k: v.cpu() for k, v in full.state_dict().items() if k.startswith("blocks.")}
     found = made.load_state_dict(blocks, strict=False)

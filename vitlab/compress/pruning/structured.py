@@ -16,19 +16,17 @@ import copy
 import torch
 
 from vitlab.compress.pruning.budget import select
-from vitlab.compress.pruning.convert import as_slim
 from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import GatedViT
-from vitlab.compress.pruning.shape import kept, narrow
-from vitlab.compress.pruning.slim import SlimViT
+from vitlab.compress.pruning.shape import kept, narrow, prunable
 from vitlab.data.datasets import Dataset
 
 
 def shape_of(model):
-    """The `SlimConfig` of a model: its widths, `.macs()` and `.parameters()`."""
+    """The `ViTConfig` of a model: its widths, `.macs()` and `.parameters()`."""
     if isinstance(model, GatedViT):
         return model.shape
-    return model.config if isinstance(model, SlimViT) else as_slim(model).config
+    return prunable(model).config
 
 
 def masked(model, masks):
@@ -45,9 +43,9 @@ def masked(model, masks):
 
 @torch.no_grad()
 def slim(model, masks=None, norm="all"):
-    """The plain, physically smaller `SlimViT` that equals `masked(model, masks)`.
+    """The plain, physically smaller ViT that equals `masked(model, masks)`.
 
-    model: anything `as_slim` takes, or a `GatedViT`, whose gates are multiplied into the weights (and whose
+    model: anything `prunable` takes, or a `GatedViT`, whose gates are multiplied into the weights (and whose
     masks and zero gates are left out as well). masks: {structure: tensor, non-zero = kept}.
     norm: "all": LayerNorms count removed embedding channels as the zeros they are in the masked model;
     "kept": plain LayerNorms over the channels that are left, faster, not equal once the embedding is pruned.
@@ -56,7 +54,7 @@ def slim(model, masks=None, norm="all"):
     core, values = gated.core, {k: v.detach() for k, v in gated.values().items()}
     state = core.state_dict() | gated.folded()
     config = narrow(core.config, values, norm)
-    small = SlimViT(config).to(next(core.parameters()).device, next(core.parameters()).dtype)
+    small = config.build().to(next(core.parameters()).device, next(core.parameters()).dtype)
     small.load_state_dict(_sliced(state, core.config, values))
     return small.train(model.training)
 
@@ -79,7 +77,7 @@ def _sliced(state, config, masks):
             new[name] = w
     for j, (i, heads, hidden) in enumerate(blocks):
         part = {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
-        new |= {f"blocks.{j}.{k}": v for k, v in _block(part, config.blocks[i], heads, hidden, embed).items()}
+        new |= {f"blocks.{j}.{k}": v for k, v in _block(part, config.shapes[i], heads, hidden, embed).items()}
     return new
 
 

@@ -5,6 +5,7 @@ configurations by what the first blocks show, so that each is compiled once.
 """
 
 import math
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -85,11 +86,7 @@ class SlopeSchedule:
 
 def slope(values):
     """Least-squares slope of equally spaced values, per step."""
-    middle = (len(values) - 1) / 2
-    mean = sum(values) / len(values)
-    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(
-        (i - middle) ** 2 for i in range(len(values))
-    )
+    return statistics.linear_regression(range(len(values)), values).slope
 
 
 class AdaptiveViT(nn.Module):
@@ -108,17 +105,18 @@ class AdaptiveViT(nn.Module):
         super().__init__()
         if per not in ("image", "batch"):
             raise ValueError(f"per={per!r}: choose one of image, batch")
-        if not 1 <= look < model.anatomy.depth:
-            raise ValueError(f"look={look}: between 1 and {model.anatomy.depth - 1} blocks come before the choice")
+        if not 1 <= look < model.adapter.depth:
+            raise ValueError(f"look={look}: between 1 and {model.adapter.depth - 1} blocks come before the choice")
         if controller is None and (len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]):
             raise ValueError(f"thresholds={thresholds}: {len(levels) - 1} falling numbers are needed")
         self.model, self.controller, self.look, self.per = model, controller, look, per
         self.thresholds = tuple(thresholds)
-        self.reducers = [Reducer(model.anatomy, level, model.counts_of(level)) for level in levels]
-        whole = model.anatomy.prefix + model.anatomy.patches
+        self.reducers = [Reducer(model.adapter, level) for level in levels]
+        whole = model.adapter.prefix + model.adapter.patches
         for level in self.reducers:
             if level.counts[look - 1] < whole:
                 raise ValueError(f"a level removes tokens before the choice: protect the first {look} blocks")
+        self.shares = [sum(level.counts) / (len(level.counts) * whole) for level in self.reducers]  # of all tokens
         self.used = [0] * len(levels)  # images seen at each level, in eval mode
 
     @property
@@ -152,16 +150,12 @@ class AdaptiveViT(nn.Module):
         order, parts = chosen.argsort(stable=True).split(sizes), []
         for reducer, rows in zip(self.reducers, order):
             if len(rows):
-                parts.append(reducer.finish(_rows(state, rows), self.look))
+                # the sequence of these images
+                picked = type(state)(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
+                parts.append(reducer.finish(picked, self.look))
         if not self.training:
             self.used = [a + b for a, b in zip(self.used, sizes)]
         return torch.cat(parts)[torch.cat(order).argsort()]
-
-
-def _rows(state, rows):
-    """The sequence of some images."""
-    pick = {k: None if v is None else v[rows] for k, v in vars(state).items()}
-    return type(state)(**pick)
 
 
 def features(view):
@@ -202,26 +196,16 @@ def fit_controller(adaptive, images, labels, *, price=None, share=None, epochs=2
         raise ValueError(f"price={price}, share={share}: give one of them")
     if price is not None and (price < 0 or not math.isfinite(price)):
         raise ValueError(f"price={price}: a finite number of at least 0 is needed")
+    shares = torch.tensor(adaptive.shares, device=images.device)
+    if share is not None and not shares.min() <= share <= shares.max():
+        raise ValueError(f"share={share}: the levels leave between {shares.min():.3f} and {shares.max():.3f}")
     table, seen = _table(adaptive, images, labels, batch)
-    whole = adaptive.model.anatomy.prefix + adaptive.model.anatomy.patches
-    shares = [sum(reducer.counts) / (len(reducer.counts) * whole) for reducer in adaptive.reducers]
-    shares = torch.tensor(shares, device=table.device)
-
-    def fit(price):
-        return _fitted(table, seen, shares, price, epochs, lr, seed)
-
-    if price is not None:
-        found = fit(price)
-    else:
-        if not shares.min() <= share <= shares.max():
-            raise ValueError(f"share={share}: the levels leave between {shares.min():.3f} and {shares.max():.3f}")
-        low, high, found = 1e-4, 1e2, None  # of cross-entropy for all tokens
-        for _ in range(14):
-            middle = math.sqrt(low * high)
-            tried = fit(middle)
-            low, high = (middle, high) if tried[1]["tokens"] > share else (low, middle)
-            if found is None or abs(tried[1]["tokens"] - share) < abs(found[1]["tokens"] - share):
-                found = tried
+    low, high, tried = 1e-4, 1e2, []  # cross-entropy for all tokens
+    for _ in range(14 if price is None else 1):
+        middle = math.sqrt(low * high) if price is None else price
+        tried.append(_fitted(table, seen, shares, middle, epochs, lr, seed))
+        low, high = (middle, high) if tried[-1][1]["tokens"] > (share or 0) else (low, middle)
+    found = tried[0] if share is None else min(tried, key=lambda t: abs(t[1]["tokens"] - share))
     adaptive.controller = found[0]
     return found
 

@@ -90,13 +90,16 @@ class Plan:
 
     def total(self, x):
         """B N -> B K: the sum over each row's tokens (sizes)."""
-        return take(x, self.stay) if self.target is None else self._sum(x)
-
-    def _sum(self, x):
         base = take(x, self.stay)
+        if self.target is None:
+            return base
         if self.fused:
             base = torch.cat([base, torch.zeros_like(x[:, :1])], dim=1)
         return add_rows(base, self.target, take(x, self.gone))
+
+    def patch_total(self, x, prefix):
+        """As `total`, for one number a patch (B P), the prefix tokens left out."""
+        return self.total(torch.cat([x.new_zeros(len(x), prefix), x], dim=1))[:, prefix:]
 
     @property
     def rows(self):
@@ -172,10 +175,10 @@ def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False
     Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
     destination; the `merged` cheapest edges are taken. With `power` 0 an edge costs 1 - cosine, as in ToMe.
     With importance it costs (1 - cosine) * importance ** power: a large power merges the least important first
-    wherever they fit. With `ward` it costs (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a
-    and b patches: power 1 is Ward's criterion (1963), the growth of the variance within the clusters, so that
-    what already stands for much is not merged further for little. keys: unit vectors B P d; importance: B P,
-    positive, or None; size: B N or None (all 1).
+    wherever they fit. With `ward` it is priced by size, (1 - cosine) * (2 a b / (a + b)) ** power for tokens that
+    stand for a and b patches, so that what stands for much already is not merged further for little. Only at
+    power 1 is that Ward's criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
+    keys: unit vectors B P d; importance: B P, positive, or None; size: B N or None (all 1).
     """
     b, patches, _ = keys.shape
     # destinations are the even patches, so that there are never fewer of them than sources
@@ -220,8 +223,6 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
         # the next round sees the merged tokens: their mean key, their importance and size summed
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
         keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
-        if importance is not None:
-            padded = torch.cat([importance.new_zeros(len(keys), prefix), importance], dim=1)
-            importance = plan.total(padded)[:, prefix:]
+        importance = None if importance is None else plan.patch_total(importance, prefix)
         size = plan.total(keys.new_ones(plan.shape, dtype=torch.float32) if size is None else size)
     return [replace(plan, lengths=lengths) for plan in found]

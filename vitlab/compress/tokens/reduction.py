@@ -1,4 +1,4 @@
-"""Token reduction for any ViT: `keep(model, ...)` runs a given model on fewer and fewer tokens.
+"""Token reduction for any ViT: `reduce_tokens(model, ...)` runs a given model on fewer and fewer tokens.
 
 Which tokens go is decided for each image by itself, their number per block is fixed (`schedule`), so that a
 prediction never depends on its batch-mates and the model compiles, exports and is captured in a CUDA graph.
@@ -8,15 +8,13 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from vitlab.compress.tokens.adapter import anatomy
-from vitlab.compress.tokens.merge import ACTIONS, METRICS
+from vitlab.compress.tokens import schedule as schedules
+from vitlab.compress.tokens.adapter import Adapter
+from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
-from vitlab.compress.tokens.schedule import RULES, check_counts, schedule
-from vitlab.compress.tokens.schedule import macs as closed_form
-from vitlab.compress.tokens.scores import SCORES, SIGNED
+from vitlab.compress.tokens.scores import SCORES, SIGNED, UNSCORED
 from vitlab.models.checkpoint import Wrapper, as_dataclass, register
 
 
@@ -24,23 +22,26 @@ from vitlab.models.checkpoint import Wrapper, as_dataclass, register
 class TokenConfig:
     """How tokens are reduced, as plain data.
 
-    r_max, alpha, minimum, protect: of `schedule`; or `counts`, the tokens after each block, outright.
+    r_max, alpha, schedule ("power", or ToMe's "constant" number a block), minimum, protect: of `schedule.schedule`;
+    or `counts`, the tokens after each block, outright.
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
-    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward" (pairs that
-    are alike in the block's normalised input, at a price that grows with their sizes, lengths kept: the study's
-    own, held against ToMe in notebook 05). late: block (from 0, negative from the end) from which on tokens
-    are dropped instead: merge early, drop late.
+    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward": a size-priced,
+    norm-preserving merge, the study's own: pairs that are alike in the block's normalised input, at the price
+    (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a and b patches. Only with power=1 is that
+    Ward's criterion; the default is its square root. late: block (from 0, negative from the end) from which on
+    tokens are dropped instead: merge early, drop late.
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     rule: where a count acts, see `schedule`. proportional: log-size bias in attention; None: for merges.
-    lean: the last block computes only what the head reads (same output).
-    seed: of the random control.
+    pooled_last: the last block computes only the class tokens that the head reads (same output; mean-pooled
+    models read every token and gain nothing). seed: of the random control.
     """
 
     r_max: float = 0.6
     alpha: float = 2.0
+    schedule: str = "power"
     score: str = "cls"
     action: str = "drop"
     rule: str = "exact"
@@ -53,14 +54,16 @@ class TokenConfig:
     lengths: bool | None = None
     late: int | None = None
     ema: float = 0.5
-    lean: bool = False
+    pooled_last: bool = False
     seed: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "protect", tuple(self.protect))
         if self.counts is not None:
             object.__setattr__(self, "counts", tuple(int(c) for c in self.counts))
-        for name, allowed in {"score": SCORES, "action": ACTIONS, "rule": RULES, "metric": (None, *METRICS)}.items():
+        choices = {"score": SCORES, "action": ACTIONS, "rule": schedules.RULES, "metric": (None, *METRICS),
+                   "schedule": schedules.SCHEDULES}  # fmt: skip
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
         if self.action in ("fuse", "edge") and self.score in SIGNED:
@@ -69,6 +72,48 @@ class TokenConfig:
             raise ValueError(f"ema={self.ema}: a number in [0, 1) is needed")
         if self.power < 0:
             raise ValueError(f"power={self.power}: a number of at least 0 is needed")
+
+    @property
+    def scored(self):
+        """Whether the score decides anything: "merge" and "ward" go by likeness alone."""
+        return self.action not in UNSCORED or self.late is not None
+
+    @property
+    def likeness(self):
+        """What has to be alike for two tokens to be joined: "key" or "input"."""
+        return self.metric or ("input" if self.action == "ward" else "key")
+
+    @property
+    def keeps_lengths(self):
+        return self.action == "ward" if self.lengths is None else self.lengths
+
+    @property
+    def biased(self):
+        """Whether attention is proportional to the tokens' sizes."""
+        return self.action in MERGES if self.proportional is None else self.proportional
+
+    def actions(self, depth):
+        """The action of each of `depth` blocks."""
+        late = depth if self.late is None else self.late
+        if not -depth <= late <= depth:
+            raise ValueError(f"late={self.late}: the model has {depth} blocks")
+        late += depth if late < 0 else 0
+        return tuple(self.action if i < late else "drop" for i in range(depth))
+
+    def counts_for(self, n, depth, prefix):
+        """The tokens after each block of a model with n tokens, `prefix` of them before the patches."""
+        counts = self.counts
+        if counts is None:
+            counts = schedules.schedule(n, depth, self.r_max, self.alpha, self.rule, kind=self.schedule, prefix=prefix,
+                                        minimum=self.minimum, protect=self.protect)  # fmt: skip
+        return schedules.check_counts(counts, n, depth, prefix)
+
+    def sized(self, read):
+        """Whether sizes are kept account of: a mean-pooled head counts a token as often as it stands for patches.
+
+        read: class tokens that the head reads (0: the mean).
+        """
+        return self.action != "drop" and (self.biased or self.action in MERGES or not read)
 
 
 @register("reduced")
@@ -87,10 +132,8 @@ class ReducedConfig(Wrapper):
         return TokenViT(self.base.build(), self.tokens)
 
     def macs(self):
-        """Multiply-accumulates of one image, in closed form."""
-        with torch.device("meta"):  # shapes are enough
-            base = self.base.build()
-        return TokenViT(base, self.tokens).macs()
+        """Multiply-accumulates of one image, in closed form; see `schedule.macs`."""
+        return schedules.macs(self.base, self.tokens)
 
 
 class TokenViT(nn.Module):
@@ -106,7 +149,8 @@ class TokenViT(nn.Module):
         super().__init__()
         if isinstance(model, TokenViT):
             model = model.plain
-        self.anatomy = anatomy(model)
+        self.adapter = Adapter(model)
+        model = self.adapter.model  # of timm's model, ours with the same parameters
         # the very same dictionaries: names, devices and dtypes stay common whoever changes them
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self.active, self.kept, self.owners, self._record = True, None, None, False
@@ -116,28 +160,17 @@ class TokenViT(nn.Module):
     @property
     def plain(self):
         """The model inside, without reduction."""
-        return self.anatomy.model
+        return self.adapter.model
 
     @property
     def config(self):
-        """Both configurations, the model's and the reduction's (None for timm's)."""
-        base = getattr(self.plain, "config", None)
-        return base and ReducedConfig(base=base, tokens=self.token_config)
+        """Both configurations, the model's and the reduction's."""
+        return ReducedConfig(base=self.plain.config, tokens=self.token_config)
 
     @property
     def tokens(self):
         """Tokens after each block, prefix tokens counted."""
         return self.reducer.counts
-
-    def counts_of(self, config):
-        """The tokens after each block that `config` gives for this model."""
-        parts = self.anatomy
-        n = parts.prefix + parts.patches
-        counts = config.counts
-        if counts is None:
-            counts = schedule(n, parts.depth, config.r_max, config.alpha, config.rule, prefix=parts.prefix,
-                              minimum=config.minimum, protect=config.protect)  # fmt: skip
-        return check_counts(counts, n, parts.depth, parts.prefix)
 
     def reduce_by(self, config=None, **changes):
         """Take another configuration from now on, or change the present one (counts=..., r_max=...).
@@ -146,7 +179,7 @@ class TokenViT(nn.Module):
         model they are of, and runs eagerly from then on: call `torch.compiler.reset()` between arms.
         """
         config = dataclasses.replace(config or self.token_config, **changes)
-        self.reducer, self.token_config = Reducer(self.anatomy, config, self.counts_of(config)), config
+        self.reducer, self.token_config = Reducer(self.adapter, config), config
         return self
 
     def train(self, mode=True):
@@ -176,22 +209,19 @@ class TokenViT(nn.Module):
             self._record = False
 
     def macs(self):
-        """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.block_macs`."""
-        return closed_form(self)
+        """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.macs`."""
+        return self.config.macs() if self.active else self.plain.config.macs()
 
 
-def keep(model, config=None, **options):
-    """`model` on fewer tokens: a `TokenViT` around our ViT or SlimViT or a timm VisionTransformer, sharing its weights.
+def reduce_tokens(model, config=None, **options):
+    """`model` on fewer tokens: a `TokenViT` around our ViT, or a timm VisionTransformer as ours, sharing its weights.
 
     config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
     change `config` if both are given. State dict, training and eval are those of `model`. ValueError names
     what the model has that is not handled, or the option that is wrong.
 
-        small = keep(model, r_max=0.6, alpha=1.5, action="merge")
+        small = reduce_tokens(model, r_max=0.6, alpha=1.5, action="merge")
         logits = small(images); small.tokens; small.macs()
     """
     config = dataclasses.replace(config, **options) if config else TokenConfig(**options)
     return TokenViT(model, config)
-
-
-__all__ = ["ReducedConfig", "TokenConfig", "TokenViT", "keep", "schedule"]

@@ -1,19 +1,21 @@
 """How many tokens are left after each block, and what that costs: closed forms, no tensors."""
 
-import dataclasses
 import math
 
 RULES = ("published", "exact")
+SCHEDULES = ("power", "constant")
 FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
 ROW_SCORES = ("cls", "cls-ema", "cls-normalised", "value")
 
 
-def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, prefix=1, minimum=1, protect=()):
+def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power", prefix=1, minimum=1, protect=()):
     """Tokens left after each of `layers` blocks, prefix tokens (CLS, ...) counted: a list of ints.
 
-    n: tokens that enter the first block, `prefix` of them never removed. Block l (from 0) keeps the share
-    1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down, and never fewer than
-    `minimum`; the blocks in `protect` (numbers, negative ones from the end) remove nothing.
+    n: tokens that enter the first block, `prefix` of them never removed. Never fewer than `minimum` patches are left;
+    the blocks in `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
+    "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
+    "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
+        there are so many (fractions of a patch add up).
 
     The rule says where a count acts; the numbers are the same for both:
     "published": after the block, so block l still computes with the count of block l - 1 and the last
@@ -22,14 +24,15 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, prefix=1, min
         attention of block l has the keys of count l - 1; its MLP (and, where tokens are dropped, its queries and
         projection too) has count l. Nothing is removed after the last block's MLP.
     """
-    _check(n, layers, r_max, alpha, rule, prefix, minimum)
+    _check(n, layers, r_max, alpha, rule, kind, prefix, minimum)
     shielded = protected(protect, layers)
-    patches, counts = n - prefix, []
+    patches, each, counts = n - prefix, r_max * (n - prefix), []
     for layer in range(layers):
         if layer not in shielded:
             share = 1 - r_max * ((layer + 1) / layers) ** alpha
+            left = patches * share if kind == "power" else n - prefix - each * (layer + 1)
             # the tolerance keeps a product such as 0.7 * 10 from being rounded down to 6
-            patches = min(patches, max(minimum, math.floor(patches * share + 1e-9)))
+            patches = min(patches, max(minimum, math.floor(left + 1e-9)))
         counts.append(prefix + patches)
     return counts
 
@@ -42,11 +45,12 @@ def protected(protect, layers):
     return {p % layers for p in protect}
 
 
-def _check(n, layers, r_max, alpha, rule, prefix, minimum):
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r}: choose one of {', '.join(RULES)}")
+def _check(n, layers, r_max, alpha, rule, kind, prefix, minimum):
+    for name, value, allowed in (("rule", rule, RULES), ("schedule", kind, SCHEDULES)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
     if not 0 <= r_max < 1:
-        raise ValueError(f"r_max={r_max}: the share removed in the last block must be in [0, 1)")
+        raise ValueError(f"r_max={r_max}: the share removed must be in [0, 1)")
     if not alpha > 0 or not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha}: a finite number above 0 is needed")
     if layers < 1 or prefix < 0 or n <= prefix:
@@ -83,98 +87,63 @@ def bipartite_rounds(patches, left):
     return rounds
 
 
-def block_macs(before, after, *, dim, mlp_dim, heads, prefix, read, rule="exact", action="drop", score="cls",
-               metric="key", lean=False, conv_patches=0, late_norm=False, qk=None, v=None, width=None,
-               products=None):  # fmt: skip
-    """Multiply-accumulates of one image in one block that `before` tokens enter and `after` leave.
+def macs(config, tokens):
+    """Multiply-accumulates of one image: a ViT of `config` with its tokens reduced by `tokens` (TokenConfig).
 
-    With a = before, m = after, D = dim, H = mlp_dim, d = D / heads, P = a - prefix (patches):
+    A block that a tokens enter and m leave, P = a - prefix patches, D channels, Q query (or key) and V value channels
+    over the heads, X = heads * width of a head, H MLP channels:
 
-        no reduction        4 a D^2 + 2 a^2 D + 2 a D H
-        published           the same, plus the score and the matching
-        exact, drop         3 a D^2 + 2 m a D + m D^2 + 2 m D H      (only survivors are queries)
-        exact, fuse, merge  4 a D^2 + 2 a^2 D + 2 m D H
-        lean, CLS           2 a D^2 + read (D^2 + 2 a D + D^2 + 2 D H)   (`read` rows are all the head reads)
-        lean, late norm     without (m - 1) D H: the mean is taken before the MLP's second layer
-        score               read a D (CLS rows; in a mean-pooled model, and for the scores of the full map,
-                            P a D), a D ("query"), P^2 d ("redundancy"), else 0
-        matching            P^2 / 4 d a round (pairs), (a - m) (m - prefix) d ("nearest"), else 0;
-                            D in place of d where the metric is "input"
-        depthwise 3x3       9 n H over the whole grid of n patches, however many are left (lean CLS: none)
-
-    A slim block has qk query (and key) and v value channels in all its heads (default D), each head filled up to
-    `width` (default D / heads), and `products` channels in the two products of tokens (default 2 width heads).
+        attention   a D (2 Q + V) + q (2 X a + V D)     q = a queries; m where tokens are dropped inside the block
+        MLP         2 t D H (3 with a GLU)              t = m tokens; a under the rule "published"
+        pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
+        score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); "query" a X,
+                    "redundancy" P^2 X / heads; none for "merge" and "ward", nor where nothing is removed
+        matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
+        convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
-    hidden, qk, v = mlp_dim, qk or dim, v or dim
-    width = width or dim // heads
-    across = heads * width
-    products = products or 2 * across
-    if lean and read:
-        return before * dim * (qk + v) + read * (dim * (qk + v) + before * products + 2 * dim * hidden)
-    extra = 0
-    if after < before:
-        extra = _score_macs(before, across, width, prefix, read, score, action)
-        extra += _matching_macs(before, after, dim if metric == "input" else width, prefix, action)
-    inside = rule == "exact"
-    queries = after if inside and action == "drop" else before
-    late = after if inside else before
-    total = before * dim * (2 * qk + v) + queries * (dim * v + before * products) + 2 * late * dim * hidden
-    if lean and late_norm:
-        total -= (late - 1) * dim * hidden
-    return total + extra + 9 * conv_patches * hidden
-
-
-def _score_macs(tokens, dim, width, prefix, read, score, action):
-    patches = tokens - prefix
-    if action in ("merge", "ward"):  # matching alone
-        return 0
-    if score in FULL_MAP_SCORES or (score in ROW_SCORES and not read):
-        return patches * tokens * dim
-    return {"query": tokens * dim, "redundancy": patches**2 * width}.get(
-        score, read * tokens * dim if score in ROW_SCORES else 0
-    )
-
-
-def _matching_macs(before, after, width, prefix, action):
-    if action in ("merge", "edge", "ward"):
-        rounds = bipartite_rounds(before - prefix, after - prefix)
-        return sum(sources * others for sources, others, _ in rounds) * width
-    return (before - after) * (after - prefix) * width if action == "nearest" else 0
-
-
-def macs(model):
-    """Closed-form multiply-accumulates of one image through a `TokenViT` around our ViT or SlimViT, all counted."""
-    from vitlab.compress.pruning.shape import SlimConfig
-
-    parts, reduction = model.anatomy, model.token_config
-    config = getattr(model.plain, "config", None)
-    if config is None:
-        raise ValueError("the closed form is for vitlab's ViT; a timm model is counted by measuring it")
-    slim = isinstance(config, SlimConfig)
-    if not model.active:
-        return config.macs()
-    if slim:
-        total = dataclasses.replace(config, blocks=()).macs()
-    else:  # what is not in the blocks: the same configuration without its blocks' terms
-        total = 2 * dataclasses.replace(config, depth=1).macs() - dataclasses.replace(config, depth=2).macs()
-    before = whole = parts.prefix + parts.patches
-    last, changed = parts.depth - 1, model.reducer.sized or model.reducer.local
-    for layer, after in enumerate(model.tokens):
-        lean = reduction.lean and layer == last and (
-            parts.read or reduction.rule == "exact" or after == before)  # fmt: skip
-        total += block_macs(
-            before, after, dim=config.dim, prefix=parts.prefix, read=parts.read, rule=reduction.rule,
-            action=model.reducer.actions[layer], score=reduction.score, metric=model.reducer.metric, lean=lean,
-            late_norm=parts.late_norm, conv_patches=parts.patches if config.mlp == "conv" else 0,
-            **(_slim(config, layer, before == after and not lean and (before == whole or not changed)) if slim else
-               {"mlp_dim": config.mlp_dim, "heads": config.heads}),
-        )  # fmt: skip
+    blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
+    layers = config.mlp_layers
+    read = 1 + config.distilled if config.pool == "cls" else 0
+    counts, actions = tokens.counts_for(n, len(blocks), prefix), tokens.actions(len(blocks))
+    # whether a block that removes nothing runs as it is, on fewer tokens too
+    plain = not tokens.sized(read) and config.mlp != "conv"
+    total, before, exact = config.macs(), n, tokens.rule == "exact"
+    for layer, (shape, after) in enumerate(zip(blocks, counts)):
+        inputs, products = shape.qk + shape.v, config.products(shape)
+        across = 2 * len(shape.each_head) * shape.width  # heads are filled up to one width where tokens move
+        total -= _block(dim, shape, layers, n, n, n, products)
+        if tokens.pooled_last and read and layer == len(blocks) - 1:
+            total += before * dim * inputs + read * (dim * (inputs + layers * shape.hidden) + before * across)
+            total -= 9 * config.grid**2 * shape.hidden * (config.mlp == "conv")
+        elif after == before:
+            as_it_is = plain or before == n
+            total += _block(dim, shape, layers, before, before, before, products if as_it_is else across)
+        else:
+            drops = exact and actions[layer] == "drop"
+            total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
+            total += _score(tokens, actions[layer], before, prefix, read, shape)
+            width = dim if tokens.likeness == "input" else shape.width
+            total += _matching(actions[layer], before, after, prefix) * width
         before = after
     return total
 
 
-def _slim(config, layer, as_it_is):
-    """Widths of a block of a SlimViT; as_it_is: run by the model itself, which need not fill its heads up."""
-    block = config.blocks[layer]
-    return {"mlp_dim": block.hidden, "heads": len(block.each_head), "qk": block.qk, "v": block.v, "width": block.width,
-            "products": config.products(block) if as_it_is else None}  # fmt: skip
+def _block(dim, shape, layers, keys, queries, late, products):
+    attention = keys * dim * (2 * shape.qk + shape.v) + queries * (keys * products + shape.v * dim)
+    return attention + layers * late * dim * shape.hidden
+
+
+def _score(tokens, action, before, prefix, read, shape):
+    patches, across = before - prefix, len(shape.each_head) * shape.width
+    if action in ("merge", "ward"):  # matching alone
+        return 0
+    if tokens.score in FULL_MAP_SCORES or (tokens.score in ROW_SCORES and not read):
+        return patches * before * across
+    rows = read * before * across if tokens.score in ROW_SCORES else 0
+    return {"query": before * across, "redundancy": patches**2 * shape.width}.get(tokens.score, rows)
+
+
+def _matching(action, before, after, prefix):
+    if action in ("merge", "edge", "ward"):
+        return sum(sources * others for sources, others, _ in bipartite_rounds(before - prefix, after - prefix))
+    return (before - after) * (after - prefix) if action == "nearest" else 0

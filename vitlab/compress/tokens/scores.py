@@ -24,7 +24,7 @@ class View:
     patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
     original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
     decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
-    the attention logits (None: d ** -0.5).
+    the attention logits.
     """
 
     query: torch.Tensor
@@ -66,22 +66,13 @@ class View:
         others = max(full.shape[-1] - 1, 1)
         return (full.sum(2) - full.diagonal(dim1=-2, dim2=-1)) / others
 
+    def lengths(self):
+        """Length of each patch's value, a head: B heads P."""
+        return self.value[:, :, self.prefix :].float().norm(dim=-1)
+
     def patch_keys(self):
         """Unit key of each patch, the mean over heads (the metric of ToMe): B P d."""
         return F.normalize(self.key[:, :, self.prefix :].mean(1), dim=-1)
-
-
-def _cls(view):
-    return view.given().mean(1)
-
-
-def _received(view):
-    return view.received().mean(1)
-
-
-def _query(view):
-    """Attention of the mean query: one row, for models without a CLS token."""
-    return view.attention(view.query.mean(2, keepdim=True)).mean(1)[:, 0, view.prefix :]
 
 
 def _normalised(scores):
@@ -101,19 +92,6 @@ def _entropy(view):
     """Minus the entropy of the patch's own row: one that looks somewhere in particular is kept."""
     rows = view.attention(view.query[:, :, view.prefix :])
     return (rows * rows.clamp_min(1e-12).log()).sum(-1).mean(1)
-
-
-def _variance(view):
-    """Variance, over the patches that look, of the attention a patch receives: relevant to some."""
-    return view.patch_map().var(2, correction=0).mean(1)
-
-
-def _value(view):
-    return (view.given() * view.value[:, :, view.prefix :].float().norm(dim=-1)).mean(1)
-
-
-def _norm(view):
-    return view.value[:, :, view.prefix :].float().norm(dim=-1).mean(1)
 
 
 def _similarity(view):
@@ -137,10 +115,9 @@ def random_factors(seed, layers):
 
 
 def _random(view):
-    """A fixed random order of the patches for each block and seed: the control.
+    """A fixed random order of the patches for each block and seed, by a random cubic over a prime field: the control.
 
-    A random cubic over a prime field, so that it needs neither a buffer nor the device's generator, and a
-    prediction does not depend on its batch-mates.
+    It needs neither a buffer nor the device's generator, and a prediction does not depend on its batch-mates.
     """
     value = torch.full_like(view.positions, view.factors[0])
     for factor in view.factors[1:]:
@@ -161,14 +138,24 @@ def _grid(view):
 
 
 SCORES = {
-    "cls": _cls, "cls-ema": _averaged(_cls), "cls-normalised": lambda view: _normalised(view.given()),
-    "received": _received, "received-ema": _averaged(_received),
-    "received-normalised": lambda view: _normalised(view.received()), "query": _query, "entropy": _entropy,
-    "variance": _variance, "value": _value, "norm": _norm, "similarity": _similarity,
-    "redundancy": _redundancy, "random": _random, "grid": _grid,
+    "cls": lambda view: view.given().mean(1),
+    "cls-ema": _averaged(lambda view: view.given().mean(1)),
+    "cls-normalised": lambda view: _normalised(view.given()),
+    "received": lambda view: view.received().mean(1),
+    "received-ema": _averaged(lambda view: view.received().mean(1)),
+    "received-normalised": lambda view: _normalised(view.received()),
+    # attention of the mean query: one row, for models without a CLS token
+    "query": lambda view: view.attention(view.query.mean(2, keepdim=True)).mean(1)[:, 0, view.prefix :],
+    "entropy": _entropy,
+    # over the patches that look, of the attention a patch receives: relevant to some
+    "variance": lambda view: view.patch_map().var(2, correction=0).mean(1),
+    "value": lambda view: (view.given() * view.lengths()).mean(1),
+    "norm": lambda view: view.lengths().mean(1),
+    "similarity": _similarity, "redundancy": _redundancy, "random": _random, "grid": _grid,
 }  # fmt: skip
 SIGNED = ("entropy", "similarity", "redundancy")  # no weights: these are below zero
 POSITIONED = ("random", "grid")
+UNSCORED = ("merge", "ward")  # actions that go by likeness alone
 
 
 def entropy(view):

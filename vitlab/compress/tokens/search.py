@@ -8,16 +8,9 @@ from pathlib import Path
 import torch
 
 from vitlab.compress.budget import BudgetImpossible, bisect
-from vitlab.compress.tokens.reduction import TokenConfig, keep
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.metrics.predict import kl_divergence
 from vitlab.utils.device import device_of, running
-
-
-@torch.no_grad()
-def damage(model, reference, images, batch=256):
-    """`kl_divergence` (nats) of `model`'s predictions of images B C H W from the logits `reference` (B K)."""
-    return kl_divergence(torch.cat([model(part) for part in images.split(batch)]).float(), reference).item()
-
 
 ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
 
@@ -29,9 +22,9 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     The budget is `macs` (of one image), or `latency` (ms) by `meter`, a `TokenLatency` of this machine. If all tokens
     fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
     exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
-    lowers the `damage` stays; when none does, the step is halved, down to 1. `images` (normalised, B C H W) are from
-    train or validation, never test; labels are not needed. passes: over the images, at most. config and options: as
-    in `keep`, without counts.
+    lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down to 1.
+    `images` (normalised, B C H W) are from train, never validation or test; labels are not needed. passes: over the
+    images, at most. config and options: as in `reduce_tokens`, without counts.
 
     The result is never worse, on these images, than the best schedule. BudgetImpossible, a ValueError, if the
     budget cannot be reached.
@@ -45,27 +38,47 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
         return dataclasses.replace(config, counts=search.counts)
     for alpha in ALPHAS:
         with contextlib.suppress(BudgetImpossible):  # one so late cannot become so cheap
-            search.try_counts(keep(model, at_budget(model, budget, meter, config, alpha=alpha)).tokens)
+            found = fit_budget(model, budget, config, meter=meter, alpha=alpha)
+            search.try_counts(search.reduced.reduce_by(found).tokens)
     if search.counts is None:
         raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
     while step >= 1 and search.passes < passes:
         if not search.improve(step, passes):
             step //= 2
         elif log:
-            log(f"damage {search.harm:.4f}  tokens {list(search.counts)}  step {step}  passes {search.passes}")
+            log(f"KL {search.kl:.4f}  tokens {list(search.counts)}  step {step}  passes {search.passes}")
     return dataclasses.replace(config, counts=search.counts)
 
 
+def choose(model, images, candidates, *, macs, config=None, batch=256, **options):
+    """The best of some TokenConfigs at equal cost, by KL divergence on `images`: (TokenConfig, table).
+
+    candidates: dictionaries of TokenConfig's fields ({"metric": "input", "power": 1.0}, ...). Each is brought to `macs`
+    with `config` and `options`. images: of train, never validation or test, so that what is measured there later
+    did not choose its own method. table: [{**candidate, "kl"}], as given; ties go to the first.
+    """
+    reduced = reduce_tokens(model, config, **options)
+    fitted = [fit_budget(model, macs, reduced.token_config, **candidate) for candidate in candidates]
+    reference = _predict(reduced.plain, images, batch)
+    table = [candidate | {"kl": kl_divergence(_predict(reduced.reduce_by(found), images, batch), reference).item()}
+             for candidate, found in zip(candidates, fitted)]  # fmt: skip
+    return fitted[min(range(len(table)), key=lambda i: table[i]["kl"])], table
+
+
+def _predict(model, images, batch):
+    with running([model], device_of(model)):
+        return torch.cat([model(part) for part in images.split(batch)]).float()
+
+
 class _Exchange:
-    """Counts within a budget, the best found so far (`counts`, `harm`), and what was tried."""
+    """Counts within a budget, the best found so far (`counts`, `kl`), and what was tried."""
 
     def __init__(self, model, images, budget, meter, config, batch):
         self.images, self.budget, self.meter, self.batch, self.config = images, budget, meter, batch, config
-        self.reduced = keep(model, dataclasses.replace(config, r_max=0.0, counts=None))
-        self.parts, self.counts, self.harm, self.passes, self.tried = self.reduced.anatomy, None, None, 0, set()
+        self.reduced = reduce_tokens(model, config, r_max=0.0, counts=None)
+        self.parts, self.counts, self.kl, self.passes, self.tried = self.reduced.adapter, None, None, 0, set()
         self.shielded = {p % self.parts.depth for p in config.protect}
-        with running([self.reduced], device_of(self.reduced)):
-            self.reference = torch.cat([self.reduced.plain(part) for part in images.split(batch)]).float()
+        self.reference = _predict(self.reduced.plain, images, batch)
 
     def try_counts(self, counts):
         """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
@@ -74,11 +87,10 @@ class _Exchange:
             return False
         self.tried.add(counts)
         self.passes += 1
-        with running([self.reduced], device_of(self.reduced)):
-            harm = damage(self.reduced, self.reference, self.images, self.batch)
-        better = self.harm is None or harm < self.harm
+        kl = kl_divergence(_predict(self.reduced, self.images, self.batch), self.reference).item()
+        better = self.kl is None or kl < self.kl
         if better:
-            self.counts, self.harm = counts, harm
+            self.counts, self.kl = counts, kl
         return better
 
     def cost(self, counts):
@@ -87,7 +99,7 @@ class _Exchange:
 
     def improve(self, step, passes):
         """One round of exchanges from the best counts; whether any of them stayed."""
-        start = self.harm
+        start = self.kl
         for giver, taker in itertools.permutations(range(self.parts.depth), 2):
             if self.passes >= passes:
                 break
@@ -95,7 +107,7 @@ class _Exchange:
             changed[giver] -= step
             changed[taker] += step
             self.try_counts(self.filled(self.allowed(changed), taker))
-        return self.harm < start
+        return self.kl < start
 
     def allowed(self, counts):
         """Counts made to fall from block to block, protected ones the same as before them."""
@@ -117,18 +129,17 @@ class _Exchange:
             counts = more
 
 
-def at_macs(model, macs, config=None, **options):
-    """The r_max in [0, 1) that brings `model` to at most `macs`: a TokenConfig; for arms at equal cost."""
-    return at_budget(model, macs, None, config, **options)
+def fit_budget(model, budget, config=None, *, meter=None, **options):
+    """The r_max in [0, 1) that brings `model` to at most `budget`: a TokenConfig; for methods at equal cost.
 
-
-def at_budget(model, budget, meter=None, config=None, **options):
-    """The r_max in [0, 1) that brings `model` to at most `budget`, in MACs or by `meter(counts)`: a TokenConfig."""
+    The budget is in multiply-accumulates of one image, or in what `meter(counts)` gives. BudgetImpossible, a
+    ValueError, where no r_max costs so little.
+    """
     config = dataclasses.replace(config or TokenConfig(), **options)
-    reduced = keep(model, config)
+    reduced = reduce_tokens(model, config, r_max=0.0, counts=None)
 
     def cost(r_max):
-        reduced.reduce_by(r_max=r_max, counts=None)
+        reduced.reduce_by(r_max=r_max)
         return meter(reduced.tokens) if meter else reduced.macs()
 
     low, costs = 0.0, {}
@@ -138,9 +149,9 @@ def at_budget(model, budget, meter=None, config=None, **options):
             break
         low = high
     else:
-        unit = "ms" if meter else "multiply-accumulates"
-        least = min(costs.values())
-        raise BudgetImpossible(f"{budget:,.6g} {unit}: alpha={config.alpha} reaches no less than {least:,.6g}")
+        unit, least = "ms" if meter else "multiply-accumulates", min(costs.values())
+        which = f"schedule={config.schedule!r}, alpha={config.alpha}"
+        raise BudgetImpossible(f"{budget:,.6g} {unit}: {which} reaches no less than {least:,.6g}")
     return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
 
 
@@ -181,6 +192,3 @@ def best(study):
     rows = [{"config": TokenConfig(**t.params), "accuracy": t.values[0], "latency": t.values[1]}
             for t in study.best_trials]  # fmt: skip
     return sorted(rows, key=lambda row: -row["accuracy"])
-
-
-__all__ = ["at_budget", "at_macs", "best", "calibrate", "damage", "search"]

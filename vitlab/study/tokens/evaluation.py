@@ -1,207 +1,157 @@
-"""Fewer tokens, measured: sweeps, agreement of scores, speed beside its limit (rivals: see `token_contest`).
+"""Fewer tokens, measured: sweeps, speed beside its limit, images that choose (methods: see `comparison`).
 
-Everything here looks at a finished model on validation images; rows come back as DataFrames. Beside accuracy
-stands `kl`, the divergence of the predictions from the plain model's (nats): a few hundred images cannot tell
-accuracies half a point apart, but they can tell these.
+Everything here looks at a finished model; rows come back as DataFrames. Changes of accuracy are in points, negative is
+worse. Beside accuracy stands `kl`, the divergence of the predictions from the plain model's (nats): a few hundred
+images cannot tell accuracies half a point apart, but they can tell these.
 """
 
 import dataclasses
-from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
-from vitlab.compress.tokens import reduction as tokens
 from vitlab.compress.tokens.controller import AdaptiveViT, fit_controller
-from vitlab.compress.tokens.scores import SCORES
-from vitlab.compress.tokens.search import at_macs
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
-from vitlab.metrics import measure
+from vitlab.metrics.measure import compare
 from vitlab.metrics.predict import input_size, kl_divergence
-from vitlab.models import checkpoint
-from vitlab.study import zoo
-from vitlab.study.study import Arm
-from vitlab.train.loop import History
-from vitlab.utils.device import device_of, running
+from vitlab.utils.device import device_of, example, running
 
 
-def shipped(path, device="cpu", name="ours"):
-    """The Arm of a trained model that lies in the project folder at `path`; how it was trained is not known."""
-    model = checkpoint.load(Path(__file__).parents[3] / path).to(device).eval()
-    spec = dataclasses.replace(zoo.get(name), config=model.config, changes=(f"the trained model {path}",))
-    return Arm(name, 0, "shipped", model, History(), spec)
+def reduced(arm, name, config=None, **options):
+    """The Arm `name` that runs the model of `arm` as `reduce_tokens` says; without any options, the plain one."""
+    model = reduce_tokens(arm.model, config, **options)
+    return dataclasses.replace(arm, name=name, model=(model if config or options else model.plain).eval())
 
 
-def reduced(arm, name, **options):
-    """The Arm `name` that runs the model of `arm` on fewer tokens (options of `keep`); without any, the plain one."""
-    model = tokens.keep(arm.model, **options)
-    model = (model if options else model.plain).eval()
-    return dataclasses.replace(arm, name=name, model=model)
+def evaluators(arms, data, n=None, **options):
+    """An `Evaluator` of each arm, in the precision that its recipe asks for."""
+    return [Evaluator(arm.model, data, n, dtype=arm.spec.recipe.torch_dtype(device_of(arm.model)), **options)
+            for arm in arms]  # fmt: skip
 
 
-class Probe:
+def enlarged(model, side):
+    """A copy of `model`, with its weights, for images of `side` pixels; ValueError if it has learned positions."""
+    config = dataclasses.replace(model.config, image_size=side)
+    if config.pos != "none":
+        raise ValueError(f"pos={config.pos!r}: learned positions are those of a grid of side {model.config.grid}")
+    larger = config.build()
+    larger.load_state_dict(model.state_dict())
+    return larger.eval().to(device_of(model))
+
+
+class Evaluator:
     """A finished model with `n` images (None: all) of one split of `data`, ready to judge its reductions.
 
-    accuracy (%), macs and logits are those of the plain model. dtype: autocast.
+    Of "train" it has the last images. accuracy (%), macs, logits (N K) and correct (N) are those of the plain model.
+    dtype: autocast.
     """
 
     def __init__(self, model, data, n=None, *, split="val", dtype=None, batch=256):
-        self.plain, self.dtype, self.batch = tokens.keep(model).plain, dtype, batch
+        self.plain, self.dtype, self.batch, self.split = reduce_tokens(model).plain, dtype, batch, split
         part = getattr(data, split)
         part = part if n is None else part.take(n)
         size, device = input_size(self.plain, data.image_size), device_of(self.plain)
         self.raw, self.labels, self.classes = part.images, part.labels.to(device), data.classes
         self.images = normalize(part.images.to(device), data.mean, data.std, size=size)
         self.logits = self.run(self.plain)
-        self.accuracy = self.score(self.logits)
-        self.macs = tokens.keep(self.plain, r_max=0.0).macs()
+        self.correct = self.right(self.logits)
+        self.accuracy = 100 * self.correct.double().mean().item()
+        self.macs = reduce_tokens(self.plain, r_max=0.0).macs()
 
     def run(self, model):
         """Logits, float32 N K."""
         with running([model], self.images.device, self.dtype):
             return torch.cat([model(part).float() for part in self.images.split(self.batch)])
 
-    def score(self, logits):
-        return 100 * (logits.argmax(1) == self.labels).double().mean().item()
+    def right(self, logits):
+        """Whether each image is classified correctly, bool N."""
+        return logits.argmax(1) == self.labels
 
-    def look(self, model, macs=None):
-        """{"accuracy", "lost" (points), "kl", "macs", "share" of the plain model's MACs} of a reduced model."""
-        found = self.run(model)
-        macs = model.macs() if macs is None else macs
-        accuracy, kl = self.score(found), kl_divergence(found, self.logits).item()
-        return {"accuracy": accuracy, "lost": self.accuracy - accuracy, "kl": kl, "macs": macs,
-                "share": macs / self.macs}  # fmt: skip
+    def evaluate(self, model, macs=None):
+        """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
+        logits, macs = self.run(model), model.macs() if macs is None else macs
+        accuracy = 100 * self.right(logits).double().mean().item()
+        return {"accuracy": accuracy, "change": accuracy - self.accuracy,
+                "kl": kl_divergence(logits, self.logits).item(), "macs": macs, "share": macs / self.macs}  # fmt: skip
 
     def times(self, models, batch, seconds):
         """{name: milliseconds a pass} of `models` on `batch` images, interleaved."""
-        images = measure.example(self.plain, self.images.shape[1:], batch)
-        timed = measure.compare(models, images, dtype=self.dtype, seconds=seconds, warmup=2, min_runs=3)
+        images = example(self.plain, self.images.shape[1:], batch)
+        timed = compare(models, images, dtype=self.dtype, seconds=seconds, warmup=2, min_runs=3)
         return {name: t.median_s * 1e3 for name, t in timed.items()}
 
 
-def sweep(probes, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
-    """Every (alpha, r_max) for every method {name: options of `keep`}, the mean over `probes` (one a seed).
+def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
+    """Every (alpha, r_max) for every method {name: options of `reduce_tokens`}, the mean over evaluators (one a seed).
 
-    With `batch`, also latency_ms of that many images, all settings of a method interleaved, on the first probe.
+    With `batch`, also latency_ms of that many images, all settings of a method interleaved, on the first of them.
     """
     rows = []
     for name, options in methods.items():
-        grid = {(a, r): [tokens.keep(p.plain, r_max=r, alpha=a, **options) for p in probes]
-                for a in alphas for r in r_maxes}  # fmt: skip
-        times = probes[0].times({k: v[0] for k, v in grid.items()}, batch, seconds) if batch else {}
-        for (alpha, r_max), models in grid.items():
-            looks = pd.DataFrame([p.look(m) for p, m in zip(probes, models)])
-            row = {"method": name, "alpha": alpha, "r_max": r_max, "tokens": models[0].tokens} | looks.mean().to_dict()
-            rows.append(row | {"std": looks.accuracy.std() if len(looks) > 1 else None,
-                               "latency_ms": times.get((alpha, r_max))})  # fmt: skip
+        grid = [TokenConfig(r_max=r, alpha=a, **options) for a in alphas for r in r_maxes]
+        models = {c: [reduce_tokens(e.plain, c) for e in evaluators] for c in grid}
+        times = evaluators[0].times({c: m[0] for c, m in models.items()}, batch, seconds) if batch else {}
+        for config, each in models.items():
+            found = pd.DataFrame([e.evaluate(m) for e, m in zip(evaluators, each)])
+            about = {"method": name, "alpha": config.alpha, "r_max": config.r_max, "tokens": each[0].tokens}
+            rows.append(about | found.mean().to_dict() | {
+                "std": found.accuracy.std() if len(found) > 1 else None, "latency_ms": times.get(config),
+                "config": config})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def choose(rows, allowed=0.5):
-    """The row of a sweep with the fewest MACs that loses at most `allowed` points; else the one that loses least."""
-    good = rows[rows.lost <= allowed + 1e-9]
-    return good.loc[good.macs.idxmin()] if len(good) else rows.loc[rows.lost.idxmin()]
+    """The row of a sweep with the fewest MACs that is at most `allowed` points worse; else the one least worse."""
+    good = rows[rows.change >= -allowed - 1e-9]
+    return good.loc[good.macs.idxmin()] if len(good) else rows.loc[rows.change.idxmax()]
 
 
-def agreement(probe, scores=tuple(SCORES), *, block=0, part=0.5):
-    """Share of kept patches (%) that two scores have in common, when each keeps `part` of them in `block`.
-
-    Up to that block nothing is removed, so all of them judge the same tokens. Two blind choices agree in
-    100 * part per cent. DataFrame scores x scores, the mean over the probe's images.
-    """
-    plain = tokens.keep(probe.plain, r_max=0.0)
-    parts = plain.anatomy
-    left = parts.prefix + max(1, round(parts.patches * part))
-    counts = (parts.prefix + parts.patches,) * block + (left,) * (parts.depth - block)
-    chosen = {}
-    for score in scores:
-        model = tokens.keep(probe.plain, counts=counts, score=score)
-        with model.recording(), running([model], probe.images.device, probe.dtype):
-            kept = [model(x) is not None and model.kept[block] for x in probe.images.split(probe.batch)]
-        chosen[score] = F.one_hot(torch.cat(kept), parts.patches).sum(1).double()  # B P, 1 where kept
-    kept = left - parts.prefix
-    shared = [[100 * (a * b).sum(1).mean().item() / kept for b in chosen.values()] for a in chosen.values()]
-    return pd.DataFrame(shared, index=list(scores), columns=list(scores))
-
-
-def speed(probe, configs, batches, *, seconds=0.3, mode=""):
+def speed(evaluator, configs, batches, *, seconds=0.3, mode=""):
     """Measured speed-up of each TokenConfig in {name: config} over the plain model, beside the MAC limit.
 
     Plain and reduced are interleaved in pairs. mode: of torch.compile ("reduce-overhead" captures a CUDA
-    graph); "" runs eagerly. Rows: rival, batch, limit (MACs plain / reduced), measured, plain_ms, reduced_ms.
+    graph); "" runs eagerly. Rows: method, batch, limit (MACs plain / reduced), measured, plain_ms, reduced_ms.
     """
     rows = []
     for name, config in configs.items():
-        reduced = tokens.keep(probe.plain, config)
-        pair = {"plain": probe.plain, "reduced": reduced}
+        model = reduce_tokens(evaluator.plain, config)
+        pair = {"plain": evaluator.plain, "reduced": model}
         if mode:  # dynamo keeps few versions of one function, whichever model they are of
             torch.compiler.reset()
             pair = {k: torch.compile(m, mode=mode, dynamic=False) for k, m in pair.items()}
         for batch in batches:
-            times = probe.times(pair, batch, seconds)
-            rows.append({"rival": name, "batch": batch, "limit": probe.macs / reduced.macs(),
+            times = evaluator.times(pair, batch, seconds)
+            rows.append({"method": name, "batch": batch, "limit": evaluator.macs / model.macs(),
                          "measured": times["plain"] / times["reduced"], "plain_ms": times["plain"],
                          "reduced_ms": times["reduced"]})  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def adaptive(probe, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, action="ward", look=1):
+def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, look=1, **options):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
-    "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (a Probe on other
+    "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (an Evaluator on other
     images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
     """
-    model = tokens.keep(probe.plain)
-    base = {"alpha": alpha, "action": action, "protect": tuple(range(look))}
-    levels = [tokens.TokenConfig(r_max=r, **base) for r in strengths]
-    costs = [tokens.keep(probe.plain, level).macs() for level in levels]
+    model = reduce_tokens(evaluator.plain)
+    base = {"action": "ward"} | options | {"alpha": alpha, "protect": tuple(range(look))}
+    levels = [TokenConfig(r_max=r, **base) for r in strengths]
+    costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
     blank = AdaptiveViT(model, levels, [0.0] * (len(levels) - 1), look=look).eval()
     with torch.no_grad():
         sharpness = torch.cat([blank.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
     cuts = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
-    learnt = AdaptiveViT(model, levels, cuts, look=look).eval()
-    counts = torch.tensor([sum(reducer.counts) for reducer in learnt.reducers], dtype=torch.float32)
-    share = counts.mean().item() / (model.anatomy.depth * (model.anatomy.prefix + model.anatomy.patches))
+    by_entropy, learnt = (AdaptiveViT(model, levels, cuts, look=look).eval() for _ in range(2))
+    share = sum(learnt.shares) / len(levels)
     fit_controller(learnt, fitting.images, fitting.labels, share=share)
     rows = []
-    for name, arm in (("by entropy", AdaptiveViT(model, levels, cuts, look=look).eval()), ("by a controller", learnt)):
-        probe.run(arm)
-        used = arm.used
+    for name, chooser in {"by entropy": by_entropy, "by a controller": learnt}.items():
+        evaluator.run(chooser)
+        used = chooser.used
         macs = sum(u * c for u, c in zip(used, costs)) / sum(used)
-        fixed = tokens.keep(probe.plain, at_macs(probe.plain, max(macs, min(costs)), **base))
-        rows.append({"chosen": name, "used": used} | probe.look(arm, macs))
-        rows.append({"chosen": f"one for all, as dear as {name}", "used": None} | probe.look(fixed))
+        fixed = reduce_tokens(evaluator.plain, fit_budget(evaluator.plain, max(macs, min(costs)), **base))
+        rows.append({"chosen": name, "used": used} | evaluator.evaluate(chooser, macs))
+        rows.append({"chosen": f"one for all, at the cost of {name}", "used": None} | evaluator.evaluate(fixed))
     return pd.DataFrame(rows)
-
-
-def trial(probe, *, batch, seconds, action="ward"):
-    """What `search` wants: config -> (accuracy, latency in ms of `batch` images) on the probe's images."""
-
-    def evaluate(config):
-        model = tokens.keep(probe.plain, config, action=action)
-        return probe.look(model)["accuracy"], probe.times({"": model}, batch, seconds)[""]
-
-    return evaluate
-
-
-def answers(rows, pruned):
-    """{claim of S3: values, one a seed} from the test rows and the arms that were trained with pruning.
-
-    Speed-ups are quotients of throughput; the accuracy lost is against the baseline run plain. What training with
-    pruning saves is not among them: two runs on one machine at different hours do not tell.
-    """
-    by = {name: part.sort_values("seed") for name, part in rows.groupby("arm")}
-    found = {f"{name}/accuracy": part.accuracy_top1.tolist() for name, part in by.items()}
-    found |= {f"{name}/evaluation-time": (10_000 / part.images_per_s).tolist() for name, part in by.items()}
-    pairs = {"baseline-on": "baseline", "baseline-alpha-1.5": "baseline", "pruned-on": "pruned-off",
-             "pruned-alpha-1.2": "baseline"}  # fmt: skip
-    for on, off in pairs.items():
-        fast, slow = by[f"S3/{on}"].images_per_s.to_numpy(), by[f"S3/{off}"].images_per_s.to_numpy()
-        found[f"S3/{on}/speed-up"] = (fast / slow).tolist()
-    found["S3/baseline-alpha-1.5/own-speed-up"] = found["S3/baseline-alpha-1.5/speed-up"]
-    plain, last = by["S3/baseline"].accuracy_top1.to_numpy(), by["S3/pruned-alpha-1.2"].accuracy_top1.to_numpy()
-    found["S3/pruned-alpha-1.2/accuracy-drop"] = (plain - last).tolist()
-    found["S3/trained-pruned/accuracy"] = found["S3/pruned-on/accuracy"]
-    found["S3/trained-pruned/training-time"] = [arm.history.seconds / 60 for arm in pruned]
-    return found

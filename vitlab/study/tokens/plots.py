@@ -1,68 +1,78 @@
-"""Figures of token reduction: counts, sweeps, kept patches and merged ones, rivals, speed beside its limit."""
+"""Figures of token reduction: sweeps, kept and merged patches, methods against time, intervals, speed and its limit."""
+
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from matplotlib.ticker import NullFormatter
 
+from vitlab.compress.tokens.merge import MERGES
 from vitlab.study.plots import WIDTH, colours
 
 
-def lines(curves, *, x, y, level=None, level_name="plain", errors=None):
-    """{label: (x values, y values)} as lines; `level` draws a horizontal line with its name."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.4))
+def lines(curves, *, x, y, level=None, title=""):
+    """{label: (x values, y values)} as lines; `level` draws a horizontal line, that of the plain model."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
     for name, (colour, marker) in colours(curves).items():
-        ax.errorbar(*curves[name], yerr=(errors or {}).get(name), color=colour, marker=marker, markersize=5, label=name)
+        ax.plot(*curves[name], color=colour, marker=marker, markersize=5, label=name)
     if level is not None:
-        ax.axhline(level, color="0.3", linestyle="--", linewidth=1, label=level_name)
-    ax.set(xlabel=x, ylabel=y)
+        ax.axhline(level, color="0.3", linestyle="--", linewidth=1, label="plain")
+    ax.set(xlabel=x, ylabel=y, title=title)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def heatmaps(rows, columns, *, index="alpha", across="r_max", title=""):
-    """One heatmap a column of `rows` ({column: (label, digits, scale)}), index down and `across` along."""
-    figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH * 1.35, 1.4 + 0.3 * rows[index].nunique()),
-                                squeeze=False)  # fmt: skip
-    for ax, (column, (label, digits, scale)) in zip(axes[0], columns.items()):
-        table = rows.pivot_table(index=index, columns=across, values=column) * scale
-        sns.heatmap(table, annot=table.shape[1] <= 10, fmt=f".{digits}f", cmap="cividis", ax=ax, linewidths=0.5,
-                    annot_kws={"fontsize": 7}, cbar=False)  # fmt: skip
-        ax.set_title(label, fontsize=9)
-        ax.tick_params(axis="y", rotation=0)
+def heatmaps(sweeps, columns, *, title=""):
+    """Heatmaps of sweeps {method: rows}, alpha down and r_max along, one line a method, on one scale a column.
+
+    columns: {column of the rows: (label, digits, factor)}.
+    """
+    size = (WIDTH * 1.3, 1.0 + len(sweeps) * (0.7 + 0.3 * next(iter(sweeps.values())).alpha.nunique()))
+    figure, axes = plt.subplots(len(sweeps), len(columns), figsize=size, squeeze=False)
+    for i, (column, (label, digits, factor)) in enumerate(columns.items()):
+        found = {name: rows.pivot(index="alpha", columns="r_max", values=column) * factor
+                 for name, rows in sweeps.items()}  # fmt: skip
+        low, high = min(f.min().min() for f in found.values()), max(f.max().max() for f in found.values())
+        for ax, (name, table) in zip(axes[:, i], found.items()):
+            sns.heatmap(table, vmin=low, vmax=high, annot=table.shape[1] <= 10, fmt=f".{digits}f", cmap="cividis",
+                        ax=ax, linewidths=0.5, annot_kws={"fontsize": 7}, cbar=False)  # fmt: skip
+            ax.set_title(f"{name}: {label}", fontsize=8)
+            ax.tick_params(axis="y", rotation=0)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def kept(images, steps, grid, names=None, blocks=None):
-    """uint8 images N C H W, and under each what is kept after each block: `steps`, a list of N k positions.
+def views(images, model):
+    """[(label, uint8 N C H W)] of the images and what a TokenViT that recorded them left of them after each block.
 
-    Patches that are gone are white; blocks: which of the steps are drawn (default: all).
+    Where it merges, the patches of a token are filled with their mean colour; else patches that are gone are pale.
     """
-    blocks = range(len(steps)) if blocks is None else blocks
-    rows = [("image", images)]
-    for block in blocks:
-        there = present(steps[block], grid[0] * grid[1])
-        rows.append((f"block {block + 1}\n{steps[block].shape[1]} left", faded(images, there, grid)))
-    return _sheet(rows, names)
+    found, grid = [("image", images.cpu())], model.adapter.grid
+    for block, (kept, owner) in enumerate(zip(model.kept, model.owners), 1):
+        merges = model.token_config.action in MERGES
+        view = mosaic(images, owner.cpu(), grid) if merges else faded(images, present(kept, owner.shape[1]), grid)
+        found.append((f"block {block}\n{model.tokens[block - 1]} left", view))
+    return found
 
 
-def merged(images, owners, grid, names=None, blocks=None):
-    """As `kept`, for merged tokens: `owners`, a list of N n; each token's patches are filled with their mean colour."""
-    blocks = range(len(owners)) if blocks is None else blocks
-    rows = [("image", images)]
-    for block in blocks:
-        left = int(owners[block].max()) + 1
-        rows.append((f"block {block + 1}\n{left} left", mosaic(images, owners[block].cpu(), grid)))
-    return _sheet(rows, names)
+def sheet(views, names=()):
+    """`views` as a sheet: one line each, one column an image, `names` above."""
+    count = len(views[0][1])
+    figure, axes = plt.subplots(len(views), count, figsize=(WIDTH, WIDTH / count * len(views) * 1.02), squeeze=False)
+    for line, (label, pictures) in zip(axes, views):
+        for ax, picture in zip(line, pictures):
+            ax.imshow(picture.permute(1, 2, 0))
+            ax.set_axis_off()
+        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
+    for ax, name in zip(axes[0], names):
+        ax.set_title(name, fontsize=8)
+    return figure
 
 
 def _pixels(images, grid):
     """The patch number of each pixel, H W."""
-    height, width = images.shape[-2:]
-    row = torch.arange(height) * grid[0] // height
-    column = torch.arange(width) * grid[1] // width
+    row, column = (torch.arange(side) * cells // side for side, cells in zip(images.shape[-2:], grid))
     return row[:, None] * grid[1] + column
 
 
@@ -75,8 +85,7 @@ def present(kept, patches):
 
 def faded(images, there, grid):
     """uint8 N C H W with the patches that are not `there` (N n) nearly white."""
-    mask = there[:, _pixels(images, grid)][:, None]  # N 1 H W
-    images = images.cpu()
+    mask, images = there[:, _pixels(images, grid)][:, None], images.cpu()  # N 1 H W
     return torch.where(mask, images, (images.float() * 0.12 + 255 * 0.88).to(torch.uint8))
 
 
@@ -90,80 +99,61 @@ def mosaic(images, owner, grid):
     return (sums / sizes.clamp_min(1)).gather(2, token).view_as(images).to(torch.uint8)
 
 
-def _sheet(rows, names):
-    count = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), count, figsize=(WIDTH, WIDTH / count * len(rows) * 1.02), squeeze=False)
-    for line, (label, pictures) in zip(axes, rows):
-        for ax, picture in zip(line, pictures):
-            ax.imshow(picture.permute(1, 2, 0).cpu())
-            ax.set_axis_off()
-        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
-    for ax, name in zip(axes[0], names or []):
-        ax.set_title(name, fontsize=8)
-    return figure
-
-
-def contest(rows, *, column="lost", label="points lost on validation", title=""):
-    """Rivals at equal MACs, best on top, one panel a share of the MACs; the random control as a dashed line."""
-    look = colours(["merge", "drop by score", "control"])
-    rows = rows[rows.group.isin(look)]
+def divergence(rows, *, title=""):
+    """KL of methods at equal cost on a log axis, closest to the plain model on top, one marker a share of the MACs."""
+    order = rows.groupby("method").kl.mean().sort_values().index
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(order)))
     shares = sorted(rows["at"].unique(), reverse=True)
-    order = rows.groupby("rival")[column].mean().sort_values().index
-    size = (WIDTH * (0.8 + 0.2 * len(shares)), 0.9 + 0.24 * len(order))
-    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False)
-    for ax, share in zip(axes[0], shares):
-        here = rows[rows["at"] == share].set_index("rival").loc[order]
-        for group, (colour, marker) in look.items():
-            part = here[here.group == group]
-            error = part.spread if column == "lost" else None
-            ax.errorbar(part[column], [order.get_loc(name) for name in part.index], xerr=error, fmt=marker,
-                        color=colour, label=group, markersize=6)  # fmt: skip
-        if "drop, random" in here.index:
-            ax.axvline(here[column]["drop, random"], color="0.4", linestyle="--", linewidth=1)
-        ax.set_title(f"{100 * share:.0f} % of the MACs")
-        if column == "kl":  # from a hundredth of a nat to more than one
-            ax.set_xscale("log")
-            ax.xaxis.set_minor_formatter(NullFormatter())
-    figure.supxlabel(label, fontsize=9)
-    axes[0][0].set_yticks(range(len(order)), order)
-    axes[0][0].invert_yaxis()
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    for share, (colour, marker) in colours(shares).items():
+        part = rows[rows["at"] == share].set_index("method").reindex(order)
+        label = f"{100 * share:.0f} % of the MACs"
+        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=label)
+    ax.set_yticks(range(len(order)), order)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="divergence from the plain model's predictions (nats)", title=title)
+    ax.legend(fontsize=8)
     return figure
 
 
-def frontier(rows, names, plain, *, title=""):
-    """Accuracy against MACs and against latency, a line through each rival's shares; `plain`: a row.
+def frontier(rows, names, *, title=""):
+    """Change of accuracy against MACs and against time (both in % of plain), a line through each method's shares.
 
-    The rivals in `names` are drawn in colour, all others of `rows` thin and grey. Latency is that of a batch in % of
-    the plain model's, which was timed in turns with each.
+    The axis ends a little below the merging methods: what is far worse runs out of it.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.6), sharey=True)
-    columns = {"macs": ("million MACs", 1e-6), "time": ("latency of the batch (% of plain)", 100)}
-    rows, plain = rows.assign(time=1 / rows.speed_up), plain | {"time": 1.0}
-    others = [name for name in rows.rival.unique() if name not in names]
-    looks = {name: ("0.75", None) for name in others} | colours(names)
-    for ax, (column, (label, scale)) in zip(axes, columns.items()):
-        for name, (colour, marker) in looks.items():
-            part = rows[rows.rival == name].sort_values(column)
-            text = None if name in others[1:] else "each of the others" if name in others else name
-            ax.plot(part[column] * scale, part.accuracy, color=colour, marker=marker, markersize=5, label=text,
-                    linewidth=0.8 if name in others else None)  # fmt: skip
-        ax.plot(plain[column] * scale, plain["accuracy"], "k*", markersize=11, label="plain")
-        ax.set(xlabel=label)
-    axes[0].set_ylabel("validation accuracy (%)")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.4), sharey=True)
+    for ax, (column, label) in zip(axes, {"share": "MACs", "time": "latency of the batch"}.items()):
+        for name, (colour, marker) in colours(names).items():
+            part = rows[rows.method == name].sort_values(column)
+            ax.plot(100 * part[column], part.change, color=colour, marker=marker, markersize=5, label=name)
+        ax.plot(100, 0, "k*", markersize=11, label="plain")
+        ax.set(xlabel=f"{label} (% of plain)")
+    low, high = rows[rows.method.isin(names) & (rows.group == "merge")].change.min(), rows.change.max()
+    axes[0].set(ylabel="change of validation accuracy (points)", ylim=(1.15 * low - 0.2, max(high, 0) + 0.3))
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
     return figure
 
 
+def intervals(frames, *, label):
+    """Changes with their intervals (columns change, low, high), one line a method, one panel an entry of `frames`."""
+    size = (WIDTH * 1.2, 1.1 + 0.26 * max(map(len, frames.values())))
+    figure, axes = plt.subplots(1, len(frames), figsize=size, squeeze=False, sharey=True)
+    for ax, (name, found) in zip(axes[0], frames.items()):
+        ax.errorbar(found.change, found.index, xerr=(found.change - found.low, found.high - found.change), fmt="o")
+        ax.axvline(0, color="0.3", linestyle="--", linewidth=1)
+        ax.set_title(textwrap.fill(name, 30), fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(label, fontsize=9)
+    return figure
+
+
 def speed(rows, *, title=""):
-    """Measured speed-up a batch size, one bar each, and each rival's MAC limit as a black tick."""
-    names, batches = list(rows.rival.unique()), list(rows.batch.unique())
+    """Measured speed-up a batch size, one bar each, and each method's MAC limit as a black tick."""
+    names, batches = list(rows.method.unique()), list(rows.batch.unique())
     figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(names) * len(batches)))
     palette, height = sns.color_palette("colorblind", len(batches)), 0.8 / len(batches)
     for i, batch in enumerate(batches):
-        part = rows[rows.batch == batch].set_index("rival").loc[names]
+        part = rows[rows.batch == batch].set_index("method").loc[names]
         at = np.arange(len(names)) + (i - (len(batches) - 1) / 2) * height
         drawn = ax.barh(at, part.measured, height * 0.9, color=palette[i], label=f"measured, batch {batch}")
         ax.bar_label(drawn, [f" {v:.2f}x" for v in part.measured], fontsize=7)

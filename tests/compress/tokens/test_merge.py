@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.compress.tokens import merge
-from vitlab.compress.tokens.reduction import keep
+from vitlab.compress.tokens.reduction import reduce_tokens
 from vitlab.models.vit import ViT, ViTConfig
 
 
@@ -117,14 +117,14 @@ def test_ward_matches_on_the_normalised_input():
     model = ViT(ViTConfig(dim=24, depth=2, heads=2, image_size=16)).eval().double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.double)
     with torch.no_grad():
-        reduced = keep(model, action="ward", counts=(12, 12))
+        reduced = reduce_tokens(model, action="ward", counts=(12, 12))
         _, seen = reduced(images, intermediates=True)
         normed = F.normalize(model.blocks[0].norm1(model.embed(images))[:, 1:], dim=-1)
         plan = merge.bipartite(normed, 5, 1, None)
         ones = torch.ones(2, 17, dtype=torch.double)
         torch.testing.assert_close(seen["size"][0], plan.total(ones), check_dtype=False)
-        tome = keep(model, action="ward", metric="key", lengths=False, power=0, counts=(12, 9))
-        torch.testing.assert_close(tome(images), keep(model, action="merge", counts=(12, 9))(images))
+        tome = reduce_tokens(model, action="ward", metric="key", lengths=False, power=0, counts=(12, 9))
+        torch.testing.assert_close(tome(images), reduce_tokens(model, action="merge", counts=(12, 9))(images))
 
 
 def test_a_large_power_merges_the_least_important_sources():
@@ -178,7 +178,7 @@ def test_merge_is_tome():
     model = ViT(ViTConfig(dim=24, depth=3, heads=2, image_size=16)).eval().double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.double)
     with torch.no_grad():
-        found = keep(model, action="merge", counts=(14, 10, 7))(images)
+        found = reduce_tokens(model, action="merge", counts=(14, 10, 7))(images)
         torch.testing.assert_close(found, reference_tome(model, images, (14, 10, 7)))
 
 
@@ -193,15 +193,15 @@ def test_merged_tokens_go_back_to_the_grid_for_the_convolution():
         block.mlp.conv.weight.data.copy_(weight)
     images = torch.ones(2, 3, 16, 16, dtype=torch.double) * draw(2, 3, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(keep(model, action="merge", counts=(10, 4))(images), model(images))
-        torch.testing.assert_close(keep(model, action="nearest", counts=(10, 4))(images), model(images))
+        torch.testing.assert_close(reduce_tokens(model, action="merge", counts=(10, 4))(images), model(images))
+        torch.testing.assert_close(reduce_tokens(model, action="nearest", counts=(10, 4))(images), model(images))
 
 
 def test_dropped_patches_are_holes_in_the_grid():
     torch.manual_seed(0)
     config = ViTConfig(dim=8, depth=2, heads=2, image_size=16, pool="mean", mlp="conv")
     model, images = ViT(config).eval().double(), torch.randn(2, 3, 16, 16, dtype=torch.double)
-    reduced = keep(model, counts=(7, 7))
+    reduced = reduce_tokens(model, counts=(7, 7))
     with torch.no_grad():
         _, seen = reduced(images, intermediates=True)
         state = reduced.reducer.start(images, record=True)

@@ -1,0 +1,107 @@
+"""Counts chosen by a budget of operations or of time, and the search."""
+
+import pytest
+from vits import operations, pictures, small
+
+from vitlab.compress.tokens import search
+from vitlab.compress.tokens.latency import TokenLatency
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.metrics.predict import kl_divergence
+
+
+def test_calibration_meets_its_budget_and_beats_an_even_split():
+    model, images = small(image_size=16), pictures(32, side=16)
+    budget = 0.75 * model.config.macs()
+    config = search.calibrate(model, images, macs=budget, step=3, action="merge")
+    even = search.fit_budget(model, budget, alpha=1.0, action="merge")
+    assert reduce_tokens(model, config).macs() <= budget and reduce_tokens(model, even).macs() <= budget
+    def moved(config):
+        return kl_divergence(reduce_tokens(model, config)(images), model(images)).item()
+
+    chosen, fixed = moved(config), moved(even)
+    assert chosen <= fixed
+    schedules = [search.fit_budget(model, budget, alpha=a, action="merge") for a in search.ALPHAS[:-1]]
+    assert chosen <= min(map(moved, schedules))
+    shielded = search.calibrate(model, images[:8], macs=budget, step=3, action="merge", protect=(0, 2)).counts
+    assert shielded[0] == 17 and shielded[2] == shielded[1], "protected blocks remove nothing"
+    assert moved(TokenConfig(r_max=0.0)) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="no schedule of 'drop' costs this little"):
+        search.calibrate(model, images[:2], macs=1, step=8)
+
+
+def test_metric_and_exponent_are_chosen_at_equal_cost_by_what_changes_least():
+    model, images = small(image_size=16), pictures(16, side=16)
+    budget = 0.75 * model.config.macs()
+    candidates = [{"metric": m, "power": p} for m in ("key", "input") for p in (0, 1)]
+    config, table = search.choose(model, images, candidates, macs=budget, action="ward", alpha=1.0)
+    assert [{k: row[k] for k in ("metric", "power")} for row in table] == candidates
+    found = []
+    for candidate, row in zip(candidates, table):
+        fitted = search.fit_budget(model, budget, action="ward", alpha=1.0, **candidate)
+        assert row["kl"] == pytest.approx(kl_divergence(reduce_tokens(model, fitted)(images), model(images)).item())
+        found.append(fitted)
+    assert config == min(zip(found, table), key=lambda pair: pair[1]["kl"])[0]
+
+
+@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "ward"}, {"action": "ward", "pooled_last": True},
+                                     {"action": "merge", "late": -1}, {"rule": "published"}])  # fmt: skip
+@pytest.mark.parametrize("kind", [{}, {"pool": "mean", "mlp": "conv"}])
+def test_timed_blocks_add_up_to_the_whole(options, kind):
+    """With torch's counter of operations as the clock, the parts are exactly the whole, each timed once."""
+    model, images = small(image_size=16, depth=3, **kind), pictures(2, side=16)
+    meter = TokenLatency(model, images, timer=operations, **options)
+    prefix = 1 - bool(kind)
+    for counts in ((16, 16, 16), (12, 9, 9), (10, 10, 4), (16, 9, 5)):
+        counts = tuple(c + prefix for c in counts)
+        reduced = reduce_tokens(model, counts=counts, **options)
+        assert meter(counts) == operations(reduced, images), counts
+    before = dict(meter.timed)
+    meter(counts)
+    assert meter.timed == before
+    with pytest.raises(ValueError, match="each must be at most the one before"):
+        meter((9, 12, 4))
+
+
+def test_blocks_of_one_shape_are_timed_once_timms_too():
+    timm = pytest.importorskip("timm")
+    vit_timm = timm.models.VisionTransformer(16, 4, 3, 5, embed_dim=32, depth=3, num_heads=2).eval()
+    found = TokenLatency(vit_timm, pictures(1, side=16), timer=lambda run: run() is not None, action="merge")
+    assert found((12, 12, 12)) == 4, "embedding and three blocks"
+    clocked = TokenLatency(vit_timm.train(), pictures(1, side=16), seconds=0.0)
+    assert clocked((12, 12, 8)) > 0 and set(clocked.timed) == {
+        "embedding", (17, 12, (0, "drop")), (12, 12, (0, "drop")), (12, 8, ("last", "drop"))}  # fmt: skip
+    assert vit_timm.training, "the model is as it was"
+
+
+def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operations():
+    model, images = small(image_size=16), pictures(16, side=16)
+    reduced = reduce_tokens(model, action="ward")
+    budget = 0.7 * model.config.macs()
+    options = {"step": 4, "passes": 12, "action": "ward"}
+    by_clock = search.calibrate(model, images, latency=budget, meter=lambda counts: reduced.reduce_by(
+        counts=counts).macs(), **options)  # fmt: skip
+    assert by_clock == search.calibrate(model, images, macs=budget, **options)
+    whole = reduce_tokens(model, r_max=0.0).tokens
+    assert search.calibrate(model, images, latency=1.0, meter=lambda counts: 1.0).counts == whole, "nothing to gain"
+    for wrong in ({}, {"macs": 1.0, "latency": 1.0, "meter": len}, {"latency": 1.0}, {"macs": 1.0, "meter": len}):
+        with pytest.raises(ValueError, match=r"give macs=\.\.\., or latency=\.\.\. with meter"):
+            search.calibrate(model, images, **wrong)
+    with pytest.raises(ValueError, match=r"latency=0.5: no schedule of 'drop' costs this little"):
+        search.calibrate(model, images[:2], latency=0.5, meter=lambda counts: 1.0)
+
+
+def test_search_is_shared_and_resumed(tmp_path):
+    pytest.importorskip("optuna")
+
+    def evaluate(config):
+        return 1 - config.r_max**2, 1 - config.r_max + (config.action == "merge")
+
+    options = {"storage": tmp_path / "deep" / "study.db", "name": "s", "choices": {"action": ("drop", "merge")}}
+    first = search.search(evaluate, trials=3, **options)
+    done = [t.params for t in first.trials]
+    again = search.search(evaluate, trials=5, **options)
+    assert len(done) == 3 and len(again.trials) == 5
+    assert [t.params for t in again.trials[:3]] == done
+    front = search.best(again)
+    assert front == sorted(front, key=lambda row: -row["accuracy"])
+    assert [row["latency"] for row in front] == sorted((row["latency"] for row in front), reverse=True)

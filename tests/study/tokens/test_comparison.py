@@ -1,0 +1,80 @@
+"""Methods at equal cost and on the same images, held against what can be worked out by hand."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.metrics.statistics import holm, paired_difference
+from vitlab.study.tokens import comparison as tc
+from vitlab.study.tokens import plots as token_plots
+
+
+def test_methods_cost_the_same(evaluator, calibration):
+    rows = tc.comparison(evaluator, [0.75], batch=2, seconds=0.0, seeds=(0, 1), calibration=calibration,
+                         scores=("cls", "random", "grid"), passes=4)  # fmt: skip
+    assert set(rows.group) == {"merge", "drop by score", "control", tc.OTHER}
+    other = rows[rows.group == tc.OTHER].set_index("method")
+    assert set(other.index) == {tc.CLOCKED, tc.POOLED} and other.kl[tc.POOLED] == pytest.approx(0, abs=1e-6)
+    rows = rows[rows.group != tc.OTHER]
+    expected = {tc.ATTENTION, tc.RANDOM, tc.GRID, tc.EVIT, tc.CONSTANT, tc.TOME, tc.TOME_CALIBRATED, tc.INPUT,
+                tc.PRICED, tc.LENGTHS, tc.PRICED_CALIBRATED}  # fmt: skip
+    assert set(rows.method) == expected
+    assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
+    by = rows.set_index("method")
+    counts = (evaluator.plain.config.tokens, *by.tokens[tc.CONSTANT])
+    steps = [before - after for before, after in itertools.pairwise(counts)]
+    assert max(steps) - min(steps) <= 1, "ToMe's own schedule: the same number in every block, up to rounding"
+    draws = [TokenConfig(score="random", pooled_last=True, seed=s, counts=by.tokens[tc.RANDOM]) for s in (0, 1)]
+    mean = sum(evaluator.evaluate(reduce_tokens(evaluator.plain, c))["accuracy"] for c in draws) / 2
+    assert by.accuracy[tc.RANDOM] == pytest.approx(mean)
+    both = tc.pooled([rows, rows.assign(accuracy=rows.accuracy + 2)]).set_index("method")
+    assert both.accuracy[tc.ATTENTION] == pytest.approx(by.accuracy[tc.ATTENTION] + 1)
+    assert both.spread[tc.ATTENTION] == pytest.approx(2**0.5)
+    token_plots.frontier(rows, [tc.TOME, tc.RANDOM])
+    plt.close("all")
+
+
+def test_what_a_method_chooses_it_chooses_on_train(evaluator, calibration):
+    options, table = tc.chosen(calibration, 0.7, candidates=tc.CANDIDATES[2:5])
+    best = table.loc[table.kl.idxmin()]
+    assert options == {"action": "ward", "metric": best.metric, "power": best.power}
+    for choose in (lambda: tc.chosen(evaluator, 0.7), lambda: tc.calibrated(evaluator, evaluator, macs=1e9)):
+        with pytest.raises(ValueError, match=r"split='val': .* chosen on train"):
+            choose()
+
+
+def test_paired_rows_are_differences_on_the_same_images(evaluator):
+    configs = {"a": [TokenConfig(r_max=0.9, alpha=0.5)], "b": [TokenConfig(r_max=0.3)]}
+    rows = tc.paired([evaluator], configs)
+    right = {k: evaluator.right(evaluator.run(reduce_tokens(evaluator.plain, c[0]))) for k, c in configs.items()}
+    for name in configs:
+        found = paired_difference(right[name], evaluator.correct)
+        assert rows.change[name] == found.points == pytest.approx(rows.accuracy[name] - evaluator.accuracy)
+        assert (rows.low[name], rows.high[name]) == (found.low, found.high)
+        assert rows.macs[name] == reduce_tokens(evaluator.plain, configs[name][0]).macs()
+    alone = [paired_difference(right[name], evaluator.correct).p for name in configs]
+    assert rows.p.tolist() == holm(alone)
+    against = tc.paired([evaluator], configs, against="b")
+    assert list(against.index) == ["a"] and against.change["a"] == paired_difference(right["a"], right["b"]).points
+    twice = tc.paired([evaluator, evaluator], {k: c * 2 for k, c in configs.items()})
+    assert twice.change.tolist() == pytest.approx(rows.change.tolist())
+    token_plots.intervals({"model": rows}, label="points")
+    plt.close("all")
+
+
+def test_payoff_gives_what_was_asked_for_or_an_empty_row(evaluator, calibration, monkeypatch):
+    """With a clock that counts operations: all tokens where that is fast enough, fewer, and none where nothing is."""
+    monkeypatch.setattr(tc, "TokenLatency", lambda model, *_, **options: lambda counts: reduce_tokens(
+        model, action="ward", pooled_last=True, counts=counts).macs() / evaluator.macs)  # fmt: skip
+    monkeypatch.setattr(evaluator, "times", lambda models, *_: {
+        k: m.macs() / evaluator.macs if k == "reduced" else 1.0 for k, m in models.items()})  # fmt: skip
+    rows = tc.payoff(evaluator, calibration, [2], (1.0, 0.7, 0.01), passes=4).set_index("goal")
+    assert rows.tokens[1.0] == reduce_tokens(evaluator.plain, r_max=0.0).tokens
+    assert rows.kl[1.0] == pytest.approx(0, abs=1e-6)
+    assert rows.share[0.7] <= 0.7 < 0.8 * rows.share[1.0] + 0.1
+    assert rows.speed_up[0.7] == pytest.approx(1 / rows.share[0.7])
+    assert rows.tokens[0.01] is None and rows.isna().loc[0.01, ["speed_up", "change"]].all()
+    assert torch.equal(evaluator.correct, evaluator.logits.argmax(1) == evaluator.labels)
