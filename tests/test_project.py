@@ -159,7 +159,7 @@ def test_notebook_source(path):
 
 
 # where a reader still meets too much code at once; their authors shorten them
-LONG = {"04_structured_pruning_kd", "05_token_pruning"}
+LONG = {"05_token_pruning"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

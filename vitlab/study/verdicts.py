@@ -112,16 +112,13 @@ def _finite(claim, value):
 def _measured(claim, values):
     """`values` as a tuple of plain Python values of the claim's type, one a run."""
     values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
-    several = isinstance(values, (list, tuple))
-    if values is None or (several and not values):
-        return ()
+    values = [] if values is None else values if isinstance(values, (list, tuple)) else [values]
     if isinstance(claim.value, tuple):
-        runs = values if several and isinstance(values[0], (list, tuple)) else [values]
+        runs = values if not values or isinstance(values[0], (list, tuple)) else [values]
         return tuple(tuple(_finite(claim, v) for v in run) for run in runs)
-    runs = [v.item() if hasattr(v, "item") else v for v in (values if several else [values])]
+    runs, kind = [v.item() if hasattr(v, "item") else v for v in values], type(claim.value)
     if claim.numeric:
         return tuple(_finite(claim, v) for v in runs)
-    kind = type(claim.value)
     if wrong := [v for v in runs if not isinstance(v, kind)]:
         raise ValueError(f"claim {claim.id} ({claim.text!r}) takes a {kind.__name__}, not {wrong[0]!r}")
     return tuple(runs)

@@ -5,6 +5,7 @@ random hangs on `recipe.seed` and the epoch, and the state is kept in one atomic
 was killed and started again ends where an undisturbed one would (bit for bit on the CPU).
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -118,7 +119,9 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
                 run.reshaped(hook(epoch, model, history))
         row = run.epoch(epoch, name, lambda: state.save(history.rows), save_within)
         start = time.perf_counter()
-        row |= _validation(run.ema_or_model, data, run.dtype) if validate and len(data.val) else {}
+        if validate and len(data.val):
+            with run.averaged():
+                row |= _validation(model, data, run.dtype)
         row["seconds"] += time.perf_counter() - start
         history.rows.append(row)
         if log:
@@ -170,9 +173,15 @@ class _Run:
             before, module = ema.module.state_dict(), self.ema.module
             module.load_state_dict({k: carry(k, before[k]) for k in module.state_dict()})
 
-    @property
-    def ema_or_model(self):
-        return self.model if self.ema is None else self.ema.module
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model itself with its averaged weights, if there are any, for a block: hooks may have set it up."""
+        own = None if self.ema is None else {k: v.clone() for k, v in self.model.state_dict().items()}
+        if own:
+            self.model.load_state_dict(self.ema.module.state_dict())
+        yield
+        if own:
+            self.model.load_state_dict(own)
 
     def epoch(self, epoch, name, save, save_within):
         """One pass over the training images, or what is left of one; the device is asked for numbers at the end."""
