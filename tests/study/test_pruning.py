@@ -125,7 +125,7 @@ def test_sweep_over_structures_leaves_out_what_cannot_be_reached(data, base):
     ways = {"blocks": {"criterion": "taylor", "kinds": ("block",)},
             "MLP": {"criterion": "taylor", "kinds": ("mlp",), "multiple": 1}}  # fmt: skip
     rows = pruned.sweep(base, data, ways, [0.9, 0.7], images=32, seconds=0.01)
-    full, hidden = rows.macs[0], shape_of(base.model).blocks[0].hidden
+    full, hidden = rows.macs[0], shape_of(base.model).shapes[0].hidden
     assert rows[rows.way == "blocks"].share.tolist() == [0.9, 0.7] and (rows.macs <= rows.share * full).all()
     least = slim(base.model, {f"blocks.{i}.mlp": torch.zeros(hidden) for i in (0, 1)}).config.macs()
     assert 0.7 * full < least < 0.9 * full and rows[rows.way == "MLP"].share.tolist() == [0.9]

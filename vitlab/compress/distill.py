@@ -5,12 +5,9 @@ objective = Distill(teacher, kind="hard", alpha=0.5)                   # Touvron
 objective = Distill(teacher, kind="zscore", temperature=2, alpha=0.9)  # Sun et al. 2024
 objective = Distill(teacher, alpha=0, terms=[Locality(192, 8, (128, 256))])   # Li et al. 2022
 fit(student, data, recipe, objective=objective)
-
-Each says of itself what changes a number (`describe`), the teacher by a digest of its weights.
 """
 
 import copy
-import inspect
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +43,7 @@ class Distill(nn.Module):
             raise ValueError(f"alpha={alpha}, temperature={temperature}: a share in [0, 1] and a number above 0")
         self.kind, self.temperature, self.alpha = kind, temperature, alpha
         self.terms = nn.ModuleList(terms)
-        # in a tuple, so that nn.Module does not see it; a copy, so that training its original (or a student that is its
-        # own teacher) cannot put it into training mode or change it
+        # in a tuple, which nn.Module does not look into; a copy, which no training of its original changes
         self._held = (_frozen(teacher, bool(self.terms)),)
 
     @property
@@ -69,9 +65,7 @@ class Distill(nn.Module):
         side = input_size(self.teacher, images.shape[-1])
         if side != images.shape[-1]:
             images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
-        if not self.terms:
-            return self.teacher(images), None
-        return self.teacher(images, intermediates=True)
+        return self.teacher(images, intermediates=True) if self.terms else (self.teacher(images), None)
 
     def forward(self, model, batch):
         known, teacher_seen = self.ask(batch.images)
@@ -200,11 +194,7 @@ def _patches(seen, block, grid, who):
 
 
 def _frozen(teacher, intermediates):
-    """A copy of the teacher (of what torch.compile wraps) in eval mode, without gradients.
-
-    Where terms look inside it, a ViT of timm's becomes ours, which shows its intermediates.
-    """
-    teacher = eager(teacher)
-    if intermediates and "intermediates" not in inspect.signature(teacher.forward).parameters:
-        teacher = as_vit(teacher)
+    """A copy of the teacher in eval mode, without gradients; timm's as ours where terms look at its intermediates."""
+    teacher = eager(teacher)  # of what torch.compile wraps
+    teacher = as_vit(teacher) if intermediates and not hasattr(teacher, "config") else teacher
     return copy.deepcopy(teacher).eval().requires_grad_(False)

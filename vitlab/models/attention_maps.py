@@ -32,7 +32,7 @@ def to_grid(attention, config):
     return scaled.unflatten(1, (config.grid, config.grid))
 
 
-def looks(model, images):
+def attention_maps(model, images):
     """{"last block": B g g, "rollout": B g g} of a ViT on normalised images B C H W, in eval mode."""
     with evaluating(model), torch.no_grad():
         _, seen = model(images, intermediates=True)

@@ -1,7 +1,6 @@
 """What the commands of `vitlab` do; each takes the parsed options and returns the exit code."""
 
 import dataclasses
-import difflib
 import signal
 import sys
 import warnings
@@ -194,11 +193,17 @@ def measure(options):
     from vitlab.utils.provenance import provenance
 
     device = _device(options.device)
-    model, data = _timm(options) if options.timm else _model_and_data(options, device, default=False)
-    model.to(device)
-    shape = tuple(model.pretrained_cfg["input_size"]) if options.timm else _shape(model.config)
+    if options.timm:
+        from vitlab.data import datasets
+        from vitlab.models.timm import TimmConfig
+
+        data = datasets.load(options.dataset, on_error=_on_error(options)) if options.dataset else None
+        classes = {"num_classes": data.num_classes} if data else {}
+        model = TimmConfig(name=options.timm, **classes).build().to(device)
+    else:
+        model, data = _model_and_data(options, device, default=False)
     # a timm model's weights are random: an accuracy would only be chance
-    row = stick.measure(model, None if options.timm else data, shape=shape, batch=options.batch_size,
+    row = stick.measure(model, None if options.timm else data, shape=_shape(model.config), batch=options.batch_size,
                         seconds=options.seconds)  # fmt: skip
     row = {"model": options.timm or options.checkpoint.name, "dataset": data and data.name} | row
     for column, form in stick.COLUMNS.items():
@@ -274,16 +279,3 @@ def _model_and_data(options, device, default=True):
     if model.config.num_classes != data.num_classes:
         raise ValueError(f"{options.checkpoint} has {model.config.num_classes} classes, {name} has {data.num_classes}")
     return model, data
-
-
-def _timm(options):
-    """(a timm model with random weights in eval mode, the data set that gives its number of classes, or None)."""
-    import timm
-
-    from vitlab.data import datasets
-
-    if options.timm not in timm.list_models():
-        near = ", ".join(difflib.get_close_matches(options.timm, timm.list_models(), n=3)) or "see timm.list_models()"
-        raise ValueError(f"--timm {options.timm}: timm has no such model ({near})")
-    data = datasets.load(options.dataset, on_error=_on_error(options)) if options.dataset else None
-    return timm.create_model(options.timm, **({"num_classes": data.num_classes} if data else {})).eval(), data

@@ -14,6 +14,7 @@ from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
+MOST = 6  # findings that README shows
 PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
 
 # project -> its headline with the published figures, the notebook, the arm that stands for it, the arm it is held
@@ -62,7 +63,10 @@ def fill(text, parts):
 
 
 class Evidence:
-    """What is committed: for each notebook its jobs by preset, the best preset with rows, those rows."""
+    """What is committed: for each notebook its jobs by preset, the best preset with rows, those rows.
+
+    Two columns are added to them: `model`, the published model that an arm stands for, and `why` it is stale ("": not).
+    """
 
     def __init__(self, root):
         self.root = Path(root)
@@ -78,6 +82,11 @@ class Evidence:
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
             if stem in self.preset:
                 self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
+                rows = self.rows[stem]
+                self.rows[stem] = rows.assign(
+                    model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
+                    why=[self.stale(stem, row) for row in rows.to_dict("records")],
+                )
 
     def stale(self, stem, row):
         """"" for a row (a dictionary) of the present code, else what it is of."""
@@ -114,23 +123,24 @@ def _found(evidence, number, arm, control):
     """(what was found, on which evidence) for an arm beside its control."""
     stem = evidence.find(number)
     rows = evidence.rows[stem] if stem else None
-    named = None if rows is None else rows.arm.str.replace("-small", "")  # a scaled-down stand-in is called that
-    if rows is None or not {arm, control} <= set(named):
+    if rows is None or not {arm, control} <= set(rows.model):
         return "nothing yet", f"notebook {number} has not run"
-    pair = [rows[named == name].groupby("seed").last() for name in (arm, control)]
+    if {arm, control} <= set(rows.model[rows.why == ""]):  # what older code left behind is not mixed in
+        rows = rows[rows.why == ""]
+    pair = [rows[rows.model == name].groupby("seed").last() for name in (arm, control)]
     gain = (pair[0].accuracy_top1 - pair[1].accuracy_top1).dropna()
     speed = (pair[0].images_per_s / pair[1].images_per_s).mean()
     spread = f" ± {gain.std():.2f}" if len(gain) > 1 else ""
-    last = rows[named == arm].iloc[-1]
-    notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down",
-             evidence.stale(stem, last.to_dict())]  # fmt: skip
+    last = rows[rows.model == arm].iloc[-1]
+    notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
     return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(n for n in notes if n)
 
 
 def findings(evidence):
-    """The notebooks' own first sentences."""
-    lines = [f"- {said[0]}\n" for n in evidence.notebooks if (said := conclusions(evidence, n.stem))]
-    return "".join(lines) or "None yet: the notebooks write them when they run.\n"
+    """Of each notebook the first sentence that is short enough for a newcomer; RESULTS.md has them all."""
+    short = [[line for line in conclusions(evidence, n.stem) if len(line.split()) <= 45] for n in evidence.notebooks]
+    lines = [f"- {lines[0]}\n" for lines in short if lines]
+    return "".join(lines[:MOST]) or "None yet: the notebooks write them when they run.\n"
 
 
 def conclusions(evidence, stem):
@@ -167,19 +177,19 @@ def results(evidence):
             where = f"Preset `{evidence.preset[stem]}`, on {' / '.join(dict.fromkeys(rows.device))}."
             # what is no arm read on test images (a sweep, a timing) belongs to its notebook
             arms = rows[rows.accuracy_top1.notna()]
-            parts.append(f"## {notebook.title}\n\n{where}\n\n{said}\n{_table(evidence, stem, arms)}")
+            parts.append(f"## {notebook.title}\n\n{where}\n\n{said}\n{_table(arms)}")
     return "\n".join(parts)
 
 
-def _table(evidence, stem, rows):
+def _table(rows):
     columns = [c for c in SHOWN if c in rows and rows[c].notna().any()]
     units = [f"{COLUMNS[c].label}{f' ({COLUMNS[c].unit})' if COLUMNS[c].unit else ''}" for c in columns]
     lines = []
     for (arm, data), group in rows.groupby(["arm", "dataset"], sort=False):
-        old = any(evidence.stale(stem, row) for row in group.to_dict("records"))
         cells = [_mean(group[c], c) for c in columns]
         minutes = f"{group.train_s.mean() / 60:.1f} min" if "train_s" in group else ""
-        lines.append([arm + " †" * old, data, f"{group.epochs.iloc[0]:g}", *cells, minutes, len(group)])
+        name = f"{arm} †" if group.why.any() else arm
+        lines.append([name, data, f"{group.epochs.iloc[0]:g}", *cells, minutes, len(group)])
     return markdown(["arm", "data", "epochs", *units, "training", "seeds"], lines)
 
 

@@ -48,20 +48,6 @@ SPECS = {
             ),
         ),
         Spec(
-            name="S1/B1",
-            title="FaViT-B1",
-            dataset="cifar10",
-            config=VARIANTS["b1"],
-            recipe=FAVIT_RECIPE,
-        ),
-        Spec(
-            name="S1/B3",
-            title="FaViT-B3",
-            dataset="cifar10",
-            config=VARIANTS["b3"],
-            recipe=dataclasses.replace(FAVIT_RECIPE, epochs=50),
-        ),
-        Spec(
             name="S2/baseline",
             title="Structured pruning's baseline",
             dataset="cifar10",
@@ -104,10 +90,24 @@ SPECS = {
     )
 }
 
-# trained beside a baseline of SPECS, with and without a teacher; `get` and `scaled` know them too
-STUDENTS = {
+# what later notebooks train beside a baseline of SPECS; `get` and `scaled` know them too
+OTHERS = {
     spec.name: spec
     for spec in (
+        Spec(
+            name="S1/B1",
+            title="FaViT-B1",
+            dataset="cifar10",
+            config=VARIANTS["b1"],
+            recipe=FAVIT_RECIPE,
+        ),
+        Spec(
+            name="S1/B3",
+            title="FaViT-B3",
+            dataset="cifar10",
+            config=VARIANTS["b3"],
+            recipe=dataclasses.replace(FAVIT_RECIPE, epochs=50),
+        ),
         Spec(
             name="S2/tiny",
             title="Structured pruning's tiny student",
@@ -123,7 +123,7 @@ STUDENTS = {
 
 def get(name):
     """The Spec of that name; an unknown one is a ValueError with the list."""
-    known = SPECS | STUDENTS
+    known = SPECS | OTHERS
     if name not in known:
         raise ValueError(f"unknown model {name!r}; there are: {', '.join(known)}")
     return known[name]

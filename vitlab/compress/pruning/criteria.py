@@ -47,8 +47,8 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
             raise ValueError(f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}")
         return _similarity(model, data)
     vectors = unit_weights(prunable(source), units)
-    measure = _norms if criterion == "magnitude" else _distances
-    return {name: _relative(measure(v)) if kind_of(name) != "block" else measure(v) for name, v in vectors.items()}
+    found = {name: v.norm(dim=1) if criterion == "magnitude" else _distances(v) for name, v in vectors.items()}
+    return {name: s if kind_of(name) == "block" else s / s.mean().clamp_min(1e-12) for name, s in found.items()}
 
 
 def calibration(data, images=256, batch=64, seed=0, size=None):
@@ -102,18 +102,10 @@ def _similarity(model, data):
     return {f"blocks.{i}.block": (1 - s / len(data)).reshape(1) for i, s in enumerate(total)}
 
 
-def _norms(vectors):
-    return vectors.norm(dim=1)
-
-
 def _distances(vectors):
     if len(vectors) == 1:
         raise ValueError("criterion='geometric-median' compares the units of a structure: 'block' has only one")
     return torch.cdist(vectors[None], vectors[None])[0].sum(1)
-
-
-def _relative(scores):
-    return scores / scores.mean().clamp_min(1e-12)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from vitlab.compress.pruning.shape import narrow, prunable
 from vitlab.metrics.predict import input_size
 from vitlab.models.checkpoint import fingerprint
 from vitlab.train.loop import hits
+from vitlab.utils.device import eager
 
 
 def torch_pruning(model, macs, *, multiple=8, step=0.02):
@@ -124,12 +125,8 @@ def _task(model, teacher, temperature, alpha):
 
     device = next(teacher.parameters()).device
     held = DistillationTeacher(teacher, device=device)
-    plain = getattr(model, "_orig_mod", model)
-    plain.pretrained_cfg = {n: getattr(held, f"{n}_kd").flatten().tolist() for n in ("mean", "std")}
+    eager(model).pretrained_cfg = {n: getattr(held, f"{n}_kd").flatten().tolist() for n in ("mean", "std")}
     return LogitDistillationTask(
         model, held, criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=1 - alpha, temperature=temperature,
         device=device, verbose=False,
     )  # fmt: skip
-
-
-__all__ = ["timm_distillation", "torch_pruning"]

@@ -22,7 +22,7 @@ class Tile:
 
 
 def tile(head_dim, dtype, backward):
-    """The tile for one head width (16, 32, 64, 128) and dtype; chosen for few spills on sm_90 (`resources`)."""
+    """The tile for one head width (16, 32, 64, 128) and dtype; chosen for few spills on sm_90 (`bench/kernels.py`)."""
     wide = dtype == torch.float32  # float32 operands need twice the shared memory
     if backward:
         if wide:

@@ -73,8 +73,9 @@ class Evaluator:
         """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
         logits, macs = self.run(model), model.macs() if macs is None else macs
         accuracy = 100 * self.right(logits).double().mean().item()
-        return {"accuracy": accuracy, "change": accuracy - self.accuracy,
-                "kl": kl_divergence(logits, self.logits).item(), "macs": macs, "share": macs / self.macs}  # fmt: skip
+        kl = max(0.0, kl_divergence(logits, self.logits).item())  # rounding may leave a zero below zero
+        return {"accuracy": accuracy, "change": accuracy - self.accuracy, "kl": kl, "macs": macs,
+                "share": macs / self.macs}  # fmt: skip
 
     def times(self, models, batch, seconds):
         """{name: milliseconds a pass} of `models` on `batch` images, interleaved."""

@@ -1,6 +1,6 @@
 """What the kernels need on a Hopper GPU: registers, spills and shared memory, from an ahead-of-time compilation.
 
-`python -m vitlab.models.kernels.resources` prints a table (`--json`: a list); no GPU is needed.
+`python bench/kernels.py` prints a table (`--json`: a list); no GPU is needed.
 """
 
 import argparse

@@ -1,0 +1,50 @@
+"""What README tells a newcomer to type works, in order, in an empty folder."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import vitlab
+from vitlab import cli
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def snippets(language):
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found
+
+
+def test_snippets_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in snippets("python"):
+        exec(code, names)
+    assert "accuracy_top1" in capsys.readouterr().out
+    again = vitlab.load("fewer.safetensors")
+    assert again.macs() == names["fewer"].macs() < 0.5 * names["model"].config.macs()
+    commands = [shlex.split(line, comments=True) for code in snippets("sh") for line in code.splitlines()]
+    quick = {"train": ["--depth", "1", "--dim", "24", "--patch-size", "16", "--device", "cpu"],
+             "measure": ["--batch-size", "8", "--seconds", "0.01"]}  # fmt: skip
+    for _, name, *options in [c for c in commands if c[0] == "vitlab"]:
+        given = " ".join(options).replace("cifar10", "tiny").replace("--epochs 20", "--epochs 1").split()
+        assert cli.main([name, *given, *quick.get(name, [])]) == 0
+
+
+def test_options_that_readme_names_exist():
+    known = vars(cli.parser().parse_args(["run"]))
+    for option in re.findall(r"--[a-z][a-z-]+", README.split("## Your own model")[0]):
+        assert option.strip("-").replace("-", "_") in {*known, "help"}
+
+
+@pytest.mark.parametrize("name", vitlab.PUBLIC)
+def test_the_public_face_is_there_and_documented(name):
+    assert getattr(vitlab, name).__doc__ and name in dir(vitlab)
+
+
+def test_an_unknown_name_is_named():
+    with pytest.raises(AttributeError, match=r"vitlab has no 'prun'; it has .*prune"):
+        vitlab.prun  # noqa: B018
