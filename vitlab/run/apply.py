@@ -33,6 +33,7 @@ from vitlab.utils.device import example
 
 BEFORE, FREE, UNCUT, AFTER = "before", "pooled last block alone", "uncut, fine-tuned", "after"
 SHARES = (0.7, 0.8, 0.9)  # of the time before, that `auto` tries for, from the strongest on
+IMAGES, PASSES = 64, 40  # that `auto` looks at, and how often at most
 WORTH = 1.03  # faster by less is no gain: timings of one model differ by as much
 FINE_TUNE = {"lr": 2e-4, "warmup": 0.5, "smoothing": 0.1}
 
@@ -159,10 +160,11 @@ def sought(model, small, data, batch, fields):
     config = TokenConfig(**{"action": "ward", "pooled_last": True} | fields)
     meter = TokenLatency(small, images, config)
     print(f"\nchoosing tokens by this machine's clock at batch {batch}", flush=True)
+    few = dataclasses.replace(data, train=data.train.take(IMAGES))
     whole = meter([small.config.tokens] * len(small.config.shapes))
     for share in SHARES:
         try:
-            found = calibrate(model, data, latency=share * whole, meter=meter, config=config)
+            found = calibrate(model, few, latency=share * whole, meter=meter, config=config, passes=PASSES)
         except BudgetImpossible:
             continue
         pair = {"whole": small, "fewer": reduce_tokens(small, found)}
@@ -222,14 +224,13 @@ def verdict(rows, batches):
         elif gain < free * WORTH:
             found.append(f"At batch {batch} it did not pay: {against}, so that is to be taken.")
         else:
-            found.append(f"At batch {batch} it paid in time: {against}. The price in accuracy, against "
-                         f"{control!r}: {lost} points.")  # fmt: skip
+            found.append(f"At batch {batch} it paid: {against}. Accuracy against {control!r}: {lost}.")
     return "\n".join(found)
 
 
 def _change(row, control):
     found = paired_difference(row["right"], control["right"])
-    return f"{found.points:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{'' if found.clear else ' within noise'}"
+    return f"{found.points:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{'' if found.clear else ', within noise'}"
 
 
 def apply(options, device, recipe):
