@@ -13,7 +13,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import nbformat
 
@@ -85,10 +84,8 @@ def choose_preset():
         return "tiny", "no CUDA device"
     from vitlab.data.sources import home
 
-    folder, where = os.environ.get("VITLAB_DATA"), "VITLAB_DATA"
-    if not folder:
-        folder, where = home(), "~/.cache/vitlab"
-    if any(Path(folder, name).exists() for name in CIFAR):
+    where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "~/.cache/vitlab"
+    if any((home() / name).exists() for name in CIFAR):
         return "gpu", f"{device}, CIFAR under {where}"
     with contextlib.suppress(OSError), socket.create_connection(("www.cs.toronto.edu", 443), timeout=5):
         return "gpu", f"{device}, CIFAR can be downloaded"
@@ -114,7 +111,7 @@ def plan(project, preset, only=(), seeds=None, overrides=None):
     if overrides.get("dataset") not in (None, "", "tiny"):
         from vitlab.data import sources
 
-        sources.plan(overrides["dataset"], Path(os.environ.get("VITLAB_DATA") or sources.home()))
+        sources.plan(overrides["dataset"], sources.home())
     return jobs
 
 
