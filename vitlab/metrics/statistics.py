@@ -66,7 +66,7 @@ def seed_difference(a, b, level=0.95):
     changes = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     middle, half = t_interval(changes, level)
     spread = stdev(changes) / math.sqrt(len(changes))
-    p = 2 * (1 - _t_below(abs(middle) / spread, len(changes) - 1)) if spread else float(middle == 0)
+    p = 2 * (1 - t_below(abs(middle) / spread, len(changes) - 1)) if spread else float(middle == 0)
     return Difference(middle, middle - half, middle + half, p)
 
 
@@ -75,15 +75,15 @@ def t_quantile(share, degrees):
     if not 0.5 <= share < 1 or degrees < 1:
         raise ValueError(f"t_quantile takes a share in [0.5, 1) and at least one degree, not {share}, {degrees}")
     low, high = 0.0, 1.0
-    while _t_below(high, degrees) < share:
+    while t_below(high, degrees) < share:
         low, high = high, 2 * high
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_below(middle, degrees) < share else (low, middle)
+        low, high = (middle, high) if t_below(middle, degrees) < share else (low, middle)
     return high
 
 
-def _t_below(t, degrees):
+def t_below(t, degrees):
     """P(T <= t), t >= 0, for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
     angle = math.atan2(t, math.sqrt(degrees))
     cosine, odd = math.cos(angle), degrees % 2

@@ -18,7 +18,7 @@ import torch
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import GatedViT
-from vitlab.compress.pruning.shape import kept, narrow, prunable
+from vitlab.compress.pruning.shape import head_index, kept, narrow, prunable
 from vitlab.data.datasets import Dataset
 
 
@@ -55,12 +55,12 @@ def slim(model, masks=None, norm="all"):
     state = core.state_dict() | gated.folded()
     config = narrow(core.config, values, norm)
     small = config.build().to(next(core.parameters()).device, next(core.parameters()).dtype)
-    small.load_state_dict(_sliced(state, core.config, values))
+    small.load_state_dict(sliced(state, core.config, values))
     return small.train(model.training)
 
 
-def _sliced(state, config, masks):
-    """The rows and columns of the weights that are left under `masks`."""
+def sliced(state, config, masks):
+    """The rows and columns that are left under `masks` of weights {name: tensor}, "norm.weight" among them."""
     blocks, embed = kept(config, masks)
     embed = embed.to(state["norm.weight"].device)
     new = {}
@@ -91,6 +91,7 @@ def _block(state, block, heads, hidden, embed):
         "norm1.weight": lambda w: w[embed], "norm1.bias": lambda w: w[embed],
         "attn.qkv.weight": lambda w: w[rows][:, embed], "attn.qkv.bias": lambda w: w[rows],
         "attn.proj.weight": lambda w: w[embed][:, v], "attn.proj.bias": lambda w: w[embed],
+        "attn.rank": lambda w: w[qk], "attn.gate": lambda w: w[head_index(block, "v").to(device)[v].unique()],
         "ls1.gamma": lambda w: w[embed], "ls2.gamma": lambda w: w[embed],
         "norm2.weight": lambda w: w[embed], "norm2.bias": lambda w: w[embed],
         "mlp.fc1.weight": lambda w: w[hidden][:, embed], "mlp.fc1.bias": lambda w: w[hidden],
