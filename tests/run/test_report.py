@@ -74,7 +74,7 @@ def test_without_rows_there_are_no_findings(study):
 
 def test_a_readme_without_its_markers_is_refused(study):
     (study.source / "README.md").write_text("<!-- status -->\n")
-    with pytest.raises(ValueError, match="0 pairs of <!-- projects -->"):
+    with pytest.raises(ValueError, match="0 pairs of <!-- hero -->"):
         report.render(study.source)
 
 
