@@ -7,6 +7,7 @@ help comes at once. What the commands do is in `vitlab.run.commands`.
 import argparse
 import ast
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -52,7 +53,7 @@ def add_run(commands):
         formatter_class=argparse.RawDescriptionHelpFormatter, prog=os.environ.get("VITLAB_PROG") or "vitlab run",
     )  # fmt: skip
     sub.add_argument("--preset", metavar="NAME", help="presets/NAME.yaml (default: what suits the machine)")
-    sub.add_argument("--only", type=names, metavar="01,05", help="these notebooks only")
+    sub.add_argument("--only", type=names, default=(), metavar="01,05", help="these notebooks only")
     sub.add_argument("--seeds", type=seeds, metavar="0,1,2", help="these seeds instead of the preset's")
     sub.add_argument("-p", "--parameter", action="append", type=assignment, default=[], metavar="NAME=VALUE",
                      help="set a parameter of all chosen notebooks (VALUE as in YAML); may be repeated")
@@ -63,9 +64,10 @@ def add_run(commands):
                         help="skip what is up to date, go on with what was stopped (the default)")
     resume.add_argument("--fresh", dest="resume", action="store_false",
                         help="run everything again, and train every arm again")
-    sub.add_argument("--budget", type=seconds, metavar="25m",
+    sub.add_argument("--budget", type=seconds, default=math.inf, metavar="25m",
                      help="stop cleanly before so much time has passed (90s, 25m, 1h30m)")
-    sub.add_argument("--notebook-timeout", type=seconds, metavar="2h", help="stop a notebook after this")
+    sub.add_argument("--notebook-timeout", type=seconds, default=math.inf, metavar="2h",
+                     help="stop a notebook after this")
     sub.add_argument("--list", action="store_true", help="show the notebooks and where each preset stands")
     sub.add_argument("--project", metavar="DIR", help="folder with notebooks/, presets/ (default: this one)")
     for hidden in ("--test", "--no-install", "--check-options"):  # run_all.sh's

@@ -19,7 +19,7 @@ def run(options):
     if options.list:
         print(listing(project))
         return 0
-    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
+    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset()
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
