@@ -56,14 +56,14 @@ def colours(names):
 
 
 def pictures(images, titles=None, *, columns=10, rows=None, size=0.75):
-    """A sheet of uint8 images N C H W. rows: names written at the left of each row of `columns` images."""
+    """A sheet of uint8 images N C H W. titles: of the first images; rows: names at the left of each row."""
     count = math.ceil(len(images) / columns)
     figure, axes = plt.subplots(count, columns, figsize=(columns * size, count * size * 1.12), squeeze=False)
     for i, ax in enumerate(axes.flat):
         ax.set_axis_off()
         if i < len(images):
             ax.imshow(images[i].permute(1, 2, 0).cpu().numpy())
-            if titles:
+            if i < len(titles or ()):
                 ax.set_title(titles[i], fontsize=7, pad=2)
         if rows and i % columns == 0:
             ax.text(-0.12, 0.5, rows[i // columns], transform=ax.transAxes, ha="right", va="center", fontsize=8)

@@ -62,40 +62,34 @@ class Plan:
         """
         if self.target is None:
             return take(x, self.stay), None
-        n, k = self.shape[1], self.rows
+        n, k = x.shape[1], self.rows
         stay, gone, target = flat(self.stay, n), flat(self.gone, n), flat(self.target, k)
-
-        def added(kept, joining):
-            kept = kept.unflatten(0, self.stay.shape)
-            if self.fused:
-                kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
-            return kept.flatten(0, 1).index_add(0, target, joining)
-
         x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))
-        mass = x.new_ones(self.shape, dtype=torch.float32) if self.mass is None else self.mass
+        mass = x.new_ones(x.shape[:2], dtype=torch.float32) if self.mass is None else self.mass
         mass_stay, mass_gone = (mass.flatten().index_select(0, rows) for rows in (stay, gone))
-        total = added(mass_stay, mass_gone)
+        total = self._added(mass_stay, mass_gone, target)
         share = mass_stay / total.unflatten(0, (-1, k))[:, : self.stay.shape[1]].flatten()
         gone_share = mass_gone / total.index_select(0, target)
-        mean = added(x_stay * share[:, None], x_gone * gone_share[:, None])
+        mean = self._added(x_stay * share[:, None], x_gone * gone_share[:, None], target)
         if self.lengths:
-            length = added(_length(x_stay) * share, _length(x_gone) * gone_share)
+            length = self._added(_length(x_stay) * share, _length(x_gone) * gone_share, target)
             mean = mean * (length / _length(mean).clamp_min(1e-6))[:, None]
         return mean.to(x.dtype).unflatten(0, (-1, k)), total.unflatten(0, (-1, k))
 
-    @property
-    def shape(self):
-        """(B, N) of the input."""
-        return len(self.stay), self.stay.shape[1] + self.gone.shape[1]
+    def _added(self, kept, joining, target):
+        """Rows that stay, (B S), and those that join rows `target` of the output -> their sums, (B K)."""
+        kept = kept.unflatten(0, self.stay.shape)
+        if self.fused:
+            kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
+        return kept.flatten(0, 1).index_add(0, target, joining)
 
     def total(self, x):
         """B N -> B K: the sum over each row's tokens (sizes)."""
-        base = take(x, self.stay)
+        kept = take(x, self.stay)
         if self.target is None:
-            return base
-        if self.fused:
-            base = torch.cat([base, torch.zeros_like(x[:, :1])], dim=1)
-        return add_rows(base, self.target, take(x, self.gone))
+            return kept
+        sums = self._added(kept.flatten(), take(x, self.gone).flatten(), flat(self.target, self.rows))
+        return sums.unflatten(0, (-1, self.rows))
 
     def patch_total(self, x, prefix):
         """As `total`, for one number a patch (B P), the prefix tokens left out."""
@@ -138,11 +132,6 @@ def with_prefix(rows, prefix):
         return rows
     first = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
     return torch.cat([first, rows], dim=1)
-
-
-def drop(score, keep, prefix):
-    """Forget the lowest-scored patches: B P -> a plan with `keep` of them."""
-    return Plan(*split_by(score, keep, prefix))
 
 
 def fuse(score, keep, prefix):
@@ -208,7 +197,7 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
     score: B P (None for "merge", "ward"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
     """
     if action == "drop":
-        return [drop(score, keep, prefix)]
+        return [Plan(*split_by(score, keep, prefix))]
     if action == "fuse":
         return [fuse(score, keep, prefix)]
     if action == "nearest":
@@ -224,5 +213,5 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
         keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
         importance = None if importance is None else plan.patch_total(importance, prefix)
-        size = plan.total(keys.new_ones(plan.shape, dtype=torch.float32) if size is None else size)
+        size = plan.total(padded.new_ones(padded.shape[:2], dtype=torch.float32) if size is None else size)
     return [replace(plan, lengths=lengths) for plan in found]

@@ -55,7 +55,7 @@ class Evaluator:
         size, device = input_size(self.plain, data.image_size), device_of(self.plain)
         self.raw, self.labels, self.classes = part.images, part.labels.to(device), data.classes
         self.images = normalize(part.images.to(device), data.mean, data.std, size=size)
-        self.logits = self.run(self.plain)
+        self.logits, self._judged = self.run(self.plain), {}
         self.correct = self.right(self.logits)
         self.accuracy = 100 * self.correct.double().mean().item()
         self.macs = reduce_tokens(self.plain, r_max=0.0).macs()
@@ -68,6 +68,12 @@ class Evaluator:
     def right(self, logits):
         """Whether each image is classified correctly, bool N."""
         return logits.argmax(1) == self.labels
+
+    def judged(self, config):
+        """`right` of the plain model with its tokens reduced by a TokenConfig; each is run once."""
+        if config not in self._judged:
+            self._judged[config] = self.right(self.run(reduce_tokens(self.plain, config)))
+        return self._judged[config]
 
     def evaluate(self, model, macs=None):
         """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
