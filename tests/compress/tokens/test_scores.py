@@ -9,9 +9,7 @@ from vitlab.compress.tokens.reduction import reduce_tokens
 def by_hand(model, images):
     """Scores of block 0 from the explicit attention map, in float64."""
     _, seen = model(images, intermediates=True)
-    _, query_key = seen["attention"][0].double(), model.blocks[0]
     full = seen["attention"][0].double()  # B heads N N
-    value = query_key.attn.split(query_key.norm1(seen["embed"]))[2].double().norm(dim=-1)
     prefix = model.config.prefix_tokens
     inner = full[:, :, prefix:, prefix:]
     others = inner * (1 - torch.eye(inner.shape[-1], dtype=torch.double))
@@ -19,7 +17,6 @@ def by_hand(model, images):
     cls = full[:, :, 0, prefix:]
     return {
         "cls": cls.mean(1), "received": others.sum(2).mean(1) / (inner.shape[-1] - 1),
-        "value": (cls * value[..., prefix:]).mean(1),
         "entropy": (rows * rows.log()).sum(-1).mean(1), "variance": inner.var(2, correction=0).mean(1),
         "cls-normalised": (cls / cls.amax(-1, keepdim=True)).mean(1), "cls-ema": cls.mean(1),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.compress.tokens.search import fit_budget
 from vitlab.metrics.statistics import holm, paired_difference
 from vitlab.study.tokens import comparison as tc
 from vitlab.study.tokens import plots as token_plots
@@ -38,6 +39,11 @@ def test_methods_cost_the_same(evaluator, calibration):
 
 def test_what_a_method_chooses_it_chooses_on_train(evaluator, calibration):
     options, table = tc.chosen(calibration, 0.7, candidates=tc.CANDIDATES[2:5])
+    for candidate, row in zip(tc.CANDIDATES[2:5], table.to_dict("records")):
+        assert {k: row[k] for k in ("metric", "power")} == candidate
+        fitted = fit_budget(calibration.plain, 0.7 * calibration.macs, action="ward", alpha=0.5, pooled_last=True,
+                            **candidate)  # fmt: skip
+        assert row["kl"] == calibration.evaluate(reduce_tokens(calibration.plain, fitted))["kl"]
     best = table.loc[table.kl.idxmin()]
     assert options == {"action": "ward", "metric": best.metric, "power": best.power}
     for choose in (lambda: tc.chosen(evaluator, 0.7), lambda: tc.calibrated(evaluator, evaluator, macs=1e9)):

@@ -79,13 +79,13 @@ class Reducer:
         mix = (lambda hidden: self._mixed(block, state, hidden)) if off_grid else None
         return self._carry_out(pending, dataclasses.replace(state, x=state.x + self.parts.mlp(block, state.x, mix)))
 
-    def view(self, layer, state, query=None, key=None, value=None):
+    def view(self, layer, state, query=None, key=None):
         """What the scores see of block `layer`."""
         parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
-            query, key, value = block.attn.split(block.norm1(state.x))
+            query, key, _ = block.attn.split(block.norm1(state.x))
         positions = None if state.positions is None else state.positions[:, parts.prefix :]
-        return View(query, key, value, parts.prefix, parts.read, self._bias(state), positions, state.score,
+        return View(query, key, parts.prefix, parts.read, self._bias(state), positions, state.score,
                     config.ema, self.factors[layer], parts.grid, block.attn.scale)  # fmt: skip
 
     def _bias(self, state):
@@ -98,7 +98,7 @@ class Reducer:
         normed, bias, plans = block.norm1(state.x), self._bias(state), []
         query, key, value = block.attn.split(normed)
         if self.counts[layer] < state.x.shape[1]:
-            state, plans = self._plans(layer, self.view(layer, state, query, key, value), state, normed)
+            state, plans = self._plans(layer, self.view(layer, state, query, key), state, normed)
         dropped = self.config.action == "drop" and self.inside
         if plans and dropped:
             # nothing reads what the dropped ones would see, so only the survivors are queries

@@ -26,10 +26,8 @@ class TokenConfig:
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
-    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward": a size-priced,
-    norm-preserving merge, the study's own: pairs that are alike in the block's normalised input, at the price
-    (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a and b patches. Only with power=1 is that
-    Ward's criterion; the default is its square root.
+    most similar kept token); "edge" (ToMe, priced by score ** power); "ward": the study's own, a norm-preserving merge
+    of what is alike in the block's normalised input, priced by size (see `merge.bipartite`).
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     pooled_last: the last block computes only the class tokens that the head reads (same output; mean-pooled

@@ -5,7 +5,7 @@ import math
 RULES = ("published", "exact")
 SCHEDULES = ("power", "constant")
 FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
-ROW_SCORES = ("cls", "cls-ema", "cls-normalised", "value")
+ROW_SCORES = ("cls", "cls-ema", "cls-normalised")
 
 
 def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power", prefix=1, protect=()):
@@ -84,8 +84,8 @@ def macs(config, tokens):
         attention   a D (2 Q + V) + q (2 X a + V D)     q = a queries; m where tokens are dropped inside the block
         MLP         2 t D H (3 with a GLU)              t = m tokens; a under the rule "published"
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
-        score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); "query" a X; none
-                    for "merge" and "ward", nor where nothing is removed
+        score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); none for "merge" and
+                    "ward", nor where nothing is removed
         matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
@@ -122,13 +122,11 @@ def _block(dim, shape, layers, keys, queries, late, products):
 
 
 def _score(tokens, before, prefix, read, shape):
-    across = len(shape.each_head) * shape.width
-    if not tokens.scored:  # matching alone
+    by_row = tokens.score in ROW_SCORES
+    if not tokens.scored or not (by_row or tokens.score in FULL_MAP_SCORES):
         return 0
-    if tokens.score in FULL_MAP_SCORES or (tokens.score in ROW_SCORES and not read):
-        return (before - prefix) * before * across
-    rows = {"query": 1} | dict.fromkeys(ROW_SCORES, read)
-    return rows.get(tokens.score, 0) * before * across
+    rows = read if by_row and read else before - prefix
+    return rows * before * len(shape.each_head) * shape.width
 
 
 def _matching(action, before, after, prefix):

@@ -20,7 +20,7 @@ PRIME = 2**31 - 1
 class View:
     """One block seen by a score.
 
-    query, key, value: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
+    query, key: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
     patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
     original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
     decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
@@ -29,7 +29,6 @@ class View:
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
     prefix: int
     read: int
     bias: torch.Tensor | None = None
@@ -87,11 +86,6 @@ def _entropy(view):
     return (rows * rows.clamp_min(1e-12).log()).sum(-1).mean(1)
 
 
-def _value(view):
-    """The attention given to a patch times the length of its value."""
-    return (view.given() * view.value[:, :, view.prefix :].float().norm(dim=-1)).mean(1)
-
-
 def random_factors(seed, layers):
     """Four coefficients a block for the random control."""
     draw = rng.generator(seed, "token control")
@@ -128,12 +122,9 @@ SCORES = {
     "received": lambda view: view.received().mean(1),
     "received-ema": lambda view: _averaged(view, view.received().mean(1)),
     "received-normalised": lambda view: _normalised(view.received()),
-    # attention of the mean query: one row, for models without a CLS token
-    "query": lambda view: view.attention(view.query.mean(2, keepdim=True)).mean(1)[:, 0, view.prefix :],
     "entropy": _entropy,
     # over the patches that look, of the attention a patch receives: relevant to some
     "variance": lambda view: view.patch_map().var(2, correction=0).mean(1),
-    "value": _value,
     "random": _random,
     "grid": _grid,
 }

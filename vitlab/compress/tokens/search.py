@@ -47,21 +47,6 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     return dataclasses.replace(config, counts=search.counts)
 
 
-def choose(model, images, candidates, *, macs, config=None, batch=256, **options):
-    """The best of some TokenConfigs at equal cost, by KL divergence on `images`: (TokenConfig, table).
-
-    candidates: dictionaries of TokenConfig's fields ({"metric": "input", "power": 1.0}, ...). Each is brought to `macs`
-    with `config` and `options`. images: of train, never validation or test, so that what is measured there later
-    did not choose its own method. table: [{**candidate, "kl"}], as given; ties go to the first.
-    """
-    reduced = reduce_tokens(model, config, **options)
-    fitted = [fit_budget(model, macs, reduced.token_config, **candidate) for candidate in candidates]
-    reference = _predict(reduced.plain, images, batch)
-    table = [candidate | {"kl": kl_divergence(_predict(reduced.reduce_by(found), images, batch), reference).item()}
-             for candidate, found in zip(candidates, fitted)]  # fmt: skip
-    return fitted[min(range(len(table)), key=lambda i: table[i]["kl"])], table
-
-
 def _predict(model, images, batch):
     with running([model], device_of(model)):
         return torch.cat([model(part) for part in images.split(batch)]).float()

@@ -35,13 +35,16 @@ ALONE = TokenConfig(r_max=0.0, pooled_last=True)
 
 
 def chosen(calibration, share, *, alpha=0.5, candidates=CANDIDATES):
-    """(options of the size-priced merge, table): metric and exponent with the least KL on images of the train split.
+    """(options of the size-priced merge, table): metric and exponent with the least KL at `share` of the MACs.
 
-    calibration: an Evaluator; ValueError if its images are not of "train". share: of the plain model's MACs.
+    calibration: an Evaluator; ValueError if its images are not of "train", so that what is measured elsewhere later
+    did not choose its own method. Ties go to the first candidate.
     """
-    config, table = search.choose(of_train(calibration).plain, calibration.images, candidates, alpha=alpha,
-                                  macs=share * calibration.macs, pooled_last=True, **SIZE_PRICED)  # fmt: skip
-    return SIZE_PRICED | {"metric": config.metric, "power": config.power}, pd.DataFrame(table)
+    plain, budget = of_train(calibration).plain, share * calibration.macs
+    fitted = [search.fit_budget(plain, budget, alpha=alpha, pooled_last=True, **SIZE_PRICED | c) for c in candidates]
+    table = pd.DataFrame([c | {"kl": calibration.evaluate(reduce_tokens(plain, config))["kl"]}
+                          for c, config in zip(candidates, fitted)])  # fmt: skip
+    return SIZE_PRICED | candidates[table.kl.idxmin()], table
 
 
 def of_train(evaluator):
