@@ -53,7 +53,7 @@ def test_adaptive_model_gives_each_image_its_level_whoever_is_beside_it():
     adaptive.per = "batch"
     assert len(adaptive.train().level(images)[0].unique()) == 1
     with pytest.raises(ValueError, match="protect the first"):
-        controller.AdaptiveViT(model, [TokenConfig(r_max=0.9, alpha=1.0)])
+        controller.AdaptiveViT(model, [TokenConfig(r_max=0.9, alpha=1.0)], ())
 
 
 def test_learned_controller_follows_the_price():

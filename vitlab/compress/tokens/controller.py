@@ -72,38 +72,34 @@ class SlopeSchedule:
 class AdaptiveViT(nn.Module):
     """A TokenViT whose reduction hangs on the image: one of `levels`, from gentle to strong.
 
-    levels: TokenConfigs that leave the first `look` blocks alone. The choice is made after those blocks, by the
-    entropy of the attention that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an
-    image with entropy below thresholds[i - 1] (which must fall), or by a `Controller` if one is given.
+    levels: TokenConfigs that leave the first block alone. The choice is made after it, by the entropy of the attention
+    that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an image with entropy below
+    thresholds[i - 1] (which must fall), or by a `controller` once `fit_controller` has set one.
     per: "image": each image by itself; images of one level run together (the device is asked once a batch how
     many there are). "batch": one level for all by their mean entropy, as published; for training only, since
     then a prediction does hang on its batch-mates: eval mode goes by image whatever `per` says.
     """
 
-    def __init__(self, model, levels, thresholds=(), *, look=1, controller=None, per="image"):
+    def __init__(self, model, levels, thresholds, *, per="image"):
         super().__init__()
         if per not in ("image", "batch"):
             raise ValueError(f"per={per!r}: choose one of image, batch")
-        if not 1 <= look < model.adapter.depth:
-            raise ValueError(f"look={look}: between 1 and {model.adapter.depth - 1} blocks come before the choice")
-        if controller is None and (len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]):
+        if len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]:
             raise ValueError(f"thresholds={thresholds}: {len(levels) - 1} falling numbers are needed")
-        self.model, self.controller, self.look, self.per = model, controller, look, per
-        self.thresholds = tuple(thresholds)
+        self.model, self.controller, self.per, self.thresholds = model, None, per, tuple(thresholds)
         self.reducers = [Reducer(model.adapter, level) for level in levels]
         whole = model.adapter.prefix + model.adapter.patches
-        if any(level.counts[look - 1] < whole for level in self.reducers):
-            raise ValueError(f"a level removes tokens before the choice: protect the first {look} blocks")
+        if any(level.counts[0] < whole for level in self.reducers):
+            raise ValueError("a level removes tokens before the choice: protect the first block")
         self.shares = [sum(level.counts) / (len(level.counts) * whole) for level in self.reducers]  # of all tokens
         self.used = [0] * len(levels)  # images seen at each level, in eval mode
 
     def gaze(self, images):
-        """(entropy B, features B F, the sequence after the first `look` blocks)."""
+        """(entropy B, features B F, the sequence after the first block)."""
         reducer = self.reducers[-1]
         state = reducer.start(images, record=True)
-        for layer in range(self.look):
-            view, state = reducer.view(layer, state), reducer.block(layer, state)
-        return entropy(view), features(view), state
+        view = reducer.view(0, state)
+        return entropy(view), features(view), reducer.block(0, state)
 
     def level(self, images):
         """Level of each image, int64 B, and the sequence so far."""
@@ -124,7 +120,7 @@ class AdaptiveViT(nn.Module):
             if len(rows):
                 # the sequence of these images
                 picked = type(state)(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
-                parts.append(reducer.finish(picked, self.look))
+                parts.append(reducer.finish(picked, 1))
         if not self.training:
             self.used = [a + b for a, b in zip(self.used, sizes)]
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -142,26 +138,13 @@ def features(view):
     return torch.stack(even, dim=1)
 
 
-class Controller(nn.Module):
-    """Two small layers from `features` (standardised) to one logit a level."""
-
-    def __init__(self, levels, hidden=16):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(5))
-        self.register_buffer("scale", torch.ones(5))
-        self.layers = nn.Sequential(nn.Linear(5, hidden), nn.GELU(), nn.Linear(hidden, levels))
-
-    def forward(self, seen):
-        return self.layers((seen - self.mean) / self.scale)
-
-
 def fit_controller(adaptive, images, labels, share, *, epochs=200, seed=0, batch=256):
-    """Train a Controller for `adaptive` (in place) on calibration images; the ViT stays as it is.
+    """Train a controller for `adaptive` on calibration images; the ViT stays as it is.
 
-    Every level is run once on every image. The controller then minimises, over its own choice p of level,
-    the expected loss sum_l p_l (cross-entropy_l + price * tokens_l / tokens_plain), exactly and without sampling;
-    a higher price gives fewer tokens. share: the mean of tokens_l / tokens_plain to come out at; the price is
-    found for it by bisection. images: normalised, B C H W. Returns (controller, {"price", "tokens": the mean share
+    That is two small layers from `features` to one logit a level. Every level is run once on every image; then they
+    minimise, over their own choice p of level, the expected loss sum_l p_l (cross-entropy_l + price * tokens_l /
+    tokens_plain), exactly and without sampling. share: the mean of tokens_l / tokens_plain to come out at; the price
+    is found for it by bisection. images: normalised, B C H W. Returns (controller, {"price", "tokens": the mean share
     that came out, "share" of images at each level}).
     """
     shares = torch.tensor(adaptive.shares, device=images.device)
@@ -180,21 +163,22 @@ def fit_controller(adaptive, images, labels, share, *, epochs=200, seed=0, batch
 
 def _fitted(table, seen, shares, price, epochs, seed):
     """A controller for the losses `table` (B levels) at one price, and what came of it."""
-    cost = table + price * shares
+    cost, mean, scale = table + price * shares, seen.mean(0), seen.std(0).clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        controller = Controller(len(shares)).to(table.device)
-    controller.mean.copy_(seen.mean(0))
-    controller.scale.copy_(seen.std(0).clamp_min(1e-6))
+        controller = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, len(shares))).to(table.device)
     optimizer = torch.optim.AdamW(controller.parameters(), lr=0.02, weight_decay=0.01)
     with torch.enable_grad():
         for _ in range(epochs):
             optimizer.zero_grad()
-            (controller(seen).softmax(1) * cost).sum(1).mean().backward()
+            (controller((seen - mean) / scale).softmax(1) * cost).sum(1).mean().backward()
             optimizer.step()
     with torch.no_grad():
+        first = controller[0]  # from now on it takes features as they are
+        first.weight /= scale
+        first.bias -= first.weight @ mean
         chosen = torch.bincount(controller(seen).argmax(1), minlength=len(shares)) / len(seen)
-    return controller.eval(), {"price": price, "tokens": (chosen * shares).sum().item(), "share": chosen.tolist()}
+    return controller, {"price": price, "tokens": (chosen * shares).sum().item(), "share": chosen.tolist()}
 
 
 @torch.no_grad()
@@ -204,7 +188,7 @@ def _table(adaptive, images, labels, batch):
     with evaluating(adaptive):
         for part, target in zip(images.split(batch), labels.split(batch)):
             _, found, state = adaptive.gaze(part)
-            outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]
+            outs = [reducer.finish(state, 1) for reducer in adaptive.reducers]
             rows.append(torch.stack([F.cross_entropy(o.float(), target, reduction="none") for o in outs], dim=1))
             seen.append(found)
     return torch.cat(rows), torch.cat(seen)

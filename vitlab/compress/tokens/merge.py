@@ -162,28 +162,25 @@ def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False
     """One round of bipartite soft matching (ToMe, Bolya et al. 2023, section 3), with priced edges.
 
     Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
-    destination; the `merged` cheapest edges are taken. With `power` 0 an edge costs 1 - cosine, as in ToMe.
-    With importance it costs (1 - cosine) * importance ** power: a large power merges the least important first
-    wherever they fit. With `ward` it is priced by size, (1 - cosine) * (2 a b / (a + b)) ** power for tokens that
-    stand for a and b patches, so that what stands for much already is not merged further for little. Only at
-    power 1 is that Ward's criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
+    destination; the `merged` cheapest edges are taken. An edge costs 1 - cosine, as in ToMe; times importance ** power
+    (of the source) if there is one; times (2 a b / (a + b)) ** power with `ward`, for tokens that stand for a and b
+    patches, so that what stands for much already is not merged further for little. Only at power 1 is that Ward's
+    criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
     keys: unit vectors B P d; importance: B P, positive, or None; size: B N or None (all 1).
     """
     b, patches, _ = keys.shape
     # destinations are the even patches, so that there are never fewer of them than sources
-    cosine = keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)  # B sources destinations
-    if ward and power and size is not None:
+    worth, weight = (keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)).float(), None  # B sources destinations
+    if ward and size is not None:
         one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
-        best, partner = ((cosine.float() - 1) * (2 * one * other / (one + other)) ** power).max(-1)
-    else:
-        best, partner = cosine.float().max(-1)
-    if importance is None or power == 0:
-        order = best
-    else:
-        relative = importance[:, 1::2] / importance.mean(1, keepdim=True)
-        order = -(1 - best) * relative.clamp_min(1e-12) ** power
-    sources = order.shape[1]
-    ranked = order.topk(sources, dim=1).indices
+        weight = 2 * one * other / (one + other)
+    elif importance is not None:
+        weight = (importance[:, 1::2, None] / importance.mean(1)[:, None, None]).clamp_min(1e-12)
+    if weight is not None and power:
+        worth = (worth - 1) * weight**power
+    best, partner = worth.max(-1)
+    sources = best.shape[1]
+    ranked = best.topk(sources, dim=1).indices
     chosen, unmerged = ranked[:, :merged], ranked[:, merged:].sort(dim=1).values
     even = torch.arange(prefix, prefix + patches, 2, device=keys.device).expand(b, -1)
     stay = with_prefix(torch.cat([unmerged * 2 + (1 + prefix), even], dim=1), prefix)

@@ -175,13 +175,3 @@ def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=10
                 rows[-1] |= evaluator.evaluate(reduce_tokens(evaluator.plain, config))
     columns = ["batch", "goal", "tokens", "speed_up", "accuracy", "change", "kl", "macs", "share"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def pooled(frames):
-    """The mean over frames of `comparison`, one a seed; `spread` is the deviation over them where there are several."""
-    rows = pd.concat(frames)
-    groups = rows.groupby(["at", "method"], sort=False)
-    mean = groups.mean(numeric_only=True)
-    if len(frames) > 1:
-        mean["spread"] = groups.accuracy.std()
-    return mean.reset_index()

@@ -11,18 +11,6 @@ from vitlab.study.plots import WIDTH, colours
 from vitlab.study.tokens.comparison import DROPS
 
 
-def lines(curves, *, x, y, level=None, title=""):
-    """{label: (x values, y values)} as lines; `level` draws a horizontal line, that of the plain model."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
-    for name, (colour, marker) in colours(curves).items():
-        ax.plot(*curves[name], color=colour, marker=marker, markersize=5, label=name)
-    if level is not None:
-        ax.axhline(level, color="0.3", linestyle="--", linewidth=1, label="plain")
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
 def heatmaps(sweeps, columns, *, title=""):
     """Heatmaps of sweeps {method: rows}, alpha down and r_max along, one line a method, on one scale a column.
 
@@ -88,14 +76,11 @@ def mosaic(images, owner, grid):
 
 def divergence(rows, *, title=""):
     """KL of methods at equal cost on a log axis, closest to the plain model on top, one marker a share of the MACs."""
-    order = rows.groupby("method").kl.mean().sort_values().index
-    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(order)))
-    shares = sorted(rows["at"].unique(), reverse=True)
-    for share, (colour, marker) in colours(shares).items():
-        part = rows[rows["at"] == share].set_index("method").reindex(order)
-        label = f"{100 * share:.0f} % of the MACs"
-        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=label)
-    ax.set_yticks(range(len(order)), order)
+    table = rows.pivot(index="method", columns="at", values="kl")
+    table = table.loc[table.mean(axis=1).sort_values().index]
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(table)))
+    for share, (colour, marker) in colours(sorted(table, reverse=True)).items():
+        ax.plot(table[share], table.index, marker, color=colour, label=f"{100 * share:.0f} % of the MACs")
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="divergence from the plain model's predictions (nats)", title=title)
     ax.legend(fontsize=8)
