@@ -17,7 +17,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("VITLAB_DATA", raising=False)
     nobody = "http://127.0.0.1:9/nothing"  # refused at once
-    monkeypatch.setenv("VITLAB_TINY_IMAGENET_URL", nobody)
+    monkeypatch.setattr(sources, "ZIP_URL", nobody)
     for kind in (tv.CIFAR10, tv.CIFAR100):
         monkeypatch.setattr(kind, "url", nobody)
 

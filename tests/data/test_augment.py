@@ -56,8 +56,8 @@ def test_spec_round_trips_and_is_hashable():
     augment = Augment(FULL)
     assert str(augment) == FULL and Augment(str(augment)) == augment and hash(Augment(FULL)) == hash(augment)
     assert augment.operations[:3] == (Crop(4), Flip(), RandAugment(2, 9))
-    assert Augment("rrc(0.5, 1, size=16)").operations == (ResizedCrop(0.5, 1, size=16),)
-    assert Augment("erase(value=[1,2,3])", mean=(0.5,) * 3).operations[0].value == (1, 2, 3)
+    assert Augment("rrc(0.5, high=1)").operations == (ResizedCrop(0.5, 1),)
+    assert Augment("erase(scale=[0.1,0.2])").operations[0].scale == (0.1, 0.2)
     assert Augment("crop+erase", mean=[0.1, 0.2, 0.3]).operations[1].mean == (0.1, 0.2, 0.3)
     assert pickle.loads(pickle.dumps(augment)) == copy.deepcopy(augment) == augment
     images = pictures(4)
@@ -75,16 +75,13 @@ def test_spec_round_trips_and_is_hashable():
         ("crop(1,2,3,4)", "crop(1, 2, 3, 4)"),
         ("crop(pad=4)", "crop(pad=4)"),
         ("crop(-1)", "padding >= 0"),
-        ("crop(4,'wrap')", "wrap"),
         ("flip(1.5)", "1.5"),
         ("rotate(-3)", "-3"),
         ("randaugment(2,31)", "m=31"),
         ("jitter(0.4,0.4,0.4,0.6)", "hue=0.6"),
         ("erase(0.25,(0.5,0.1))", "(0.5, 0.1)"),
-        ("erase(value=300)", "300"),
-        ("erase(value='median')", "median"),
+        ("erase(value='random')", "value"),
         ("rrc(1.0,0.08)", "(1.0, 0.08)"),
-        ("rrc(size=0)", "0"),
         (("crop",), "('crop',)"),
     ],
 )
@@ -93,7 +90,7 @@ def test_bad_specs_are_named(spec, named):
         Augment(spec)
     assert named in str(error.value)
     if isinstance(spec, str):
-        assert "crop(padding=4, mode='reflect')" in str(error.value) and "trivial()" in str(error.value)
+        assert "crop(padding=4)" in str(error.value) and "trivial()" in str(error.value)
 
 
 def test_bad_batches_are_named():
@@ -103,7 +100,7 @@ def test_bad_batches_are_named():
         (images.int(), "flip", "int32"),
         (images[:, :2], "trivial", "2"),
         (images, "crop(32)", "32x32"),
-        (images, "erase(1.0,value=(1,2))", "3 channels"),
+        (images, "erase(1.0,mean=(1,2))", "3 channels"),
     ]:
         with pytest.raises(ValueError, match=named):
             Augment(augment)(bad, seeded())
@@ -217,7 +214,7 @@ def test_a_gpu_gives_the_same_pixels_for_the_same_draws_without_waiting():
     augment(images.to(device), torch.Generator(device))  # fills the caches of constants
     for operation in augment.operations:
         params = operation.draw(images, seeded())
-        moved = [p if p is None else p.to(device) for p in params]
+        moved = [p.to(device) for p in params]
         found = operation.apply(images.to(device), moved).cpu()
         off = difference(found, operation.apply(images, params))
         assert (off <= 1).float().mean() > 0.998, operation

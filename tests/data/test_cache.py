@@ -83,13 +83,12 @@ def test_loading_changes_no_cache(mini_cifar):
     assert torch.equal(load("cifar10", root=root, val=50, size=16).val.images, small.val.images)
 
 
-def test_cache_falls_back_to_the_users(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, capsys):
     folder = pets(tmp_path / "pets", {"a": 10, "b": 10})
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "cache").write_text("a file where the folder should be")
     first = load(f"folder:{folder}", root=tmp_path / "root")
-    assert len(list((tmp_path / "home" / ".cache" / "vitlab" / "cache").iterdir())) == 1
-    monkeypatch.setattr(data, "_write_cache", None)  # not needed again
+    assert "cannot be written" in capsys.readouterr().out
     assert load(f"folder:{folder}", root=tmp_path / "root").key == first.key
 
 

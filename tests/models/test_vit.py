@@ -15,6 +15,7 @@ from vitlab.utils.files import identity
 
 SMALL = ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
 OURS = dataclasses.replace(SMALL, stem="conv", mlp="conv", pool="mean", mlp_dim=64)
+RESIDUAL = dataclasses.replace(OURS, stem="residual")
 
 
 def count(model, skip=()):
@@ -88,8 +89,10 @@ def test_intermediates_do_not_change_the_logits_and_maps_are_the_ones_used(confi
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, OURS, dataclasses.replace(OURS, pool="cls", distilled=True), ViTConfig(head_hidden=40, dim=96)]
-)
+    "config",
+    [SMALL, OURS, dataclasses.replace(OURS, pool="cls", distilled=True), ViTConfig(head_hidden=40, dim=96),
+     RESIDUAL, dataclasses.replace(RESIDUAL, patch_size=2), ViTConfig(image_size=64, patch_size=16, stem="residual")],
+)  # fmt: skip
 def test_closed_form_macs_equal_the_counted_ones(config):
     model = ViT(config).eval()
     images = torch.randn(1, 3, config.image_size, config.image_size)
@@ -97,6 +100,26 @@ def test_closed_form_macs_equal_the_counted_ones(config):
     with torch.no_grad(), exact, FlopCounterMode(display=False) as counter:
         model(images)
     assert counter.get_total_flops() // 2 == config.macs()
+
+
+def test_the_residual_stem_has_its_layers_and_adds_where_the_shape_stays():
+    stem = ViT(dataclasses.replace(RESIDUAL, dim=128, image_size=32)).patch_embed.eval()
+    convolutions = [m for m in stem.modules() if isinstance(m, torch.nn.Conv2d)]
+    shapes = [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]) for m in convolutions]
+    assert shapes == [(3, 24, 3, 1), (24, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 2), (128, 128, 3, 1),
+                      (128, 128, 1, 1)]  # fmt: skip
+    x = images = torch.randn(2, 3, 32, 32)
+    for norm in stem.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+    norms = [m for m in stem.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for conv, norm in zip(convolutions, norms):
+        out = F.conv2d(x, conv.weight, stride=conv.stride, padding=1)
+        mean, var = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+        out = F.gelu((out - mean) / (var + norm.eps).sqrt())
+        x = x + out if x.shape == out.shape else out
+    tokens = F.conv2d(x, convolutions[-1].weight, convolutions[-1].bias).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(stem(images), tokens, atol=1e-4, rtol=1e-4)
 
 
 def test_the_local_mlp_is_a_depthwise_convolution_over_the_grid():
@@ -127,7 +150,7 @@ def test_another_attention_class_is_a_constructor_argument():
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     torch.manual_seed(0)
-    drop = vit.Block(SMALL, Attention, drop_path=0.25).drop_path.train()
+    drop = vit.Block(dataclasses.replace(SMALL, drop_path=0.25), Attention, SMALL.depth - 1).drop_path.train()
     out = drop(torch.ones(20_000, 2, 3)).flatten(1)
     assert ((out == 0).all(1) | (out == 4 / 3).all(1)).all()
     assert abs(out.mean() - 1) < 0.02
@@ -139,6 +162,8 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     [
         ({"dim": 30, "heads": 4}, "dim=30 is not a multiple of heads=4"),
         ({"patch_size": 5}, "image_size=32 is not a multiple"),
+        ({"stem": "residual", "patch_size": 1}, "patch_size=1: the residual stem"),
+        ({"stem": "residual", "image_size": 36, "patch_size": 6}, "patch_size=6: the residual stem"),
         ({"pool": "max"}, "pool='max': choose one of cls, mean"),
         ({"stem": "conv", "patch_size": 2, "image_size": 32, "depth": 0}, "depth=0"),
         ({"drop_path": 1.0}, "drop_path=1.0"),
@@ -146,7 +171,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
         ({"class_token": False}, "needs the class token"),
         ({"registers": -1}, "registers=-1"),
         ({"norm_dim": 100}, "norm_dim=100 is less than the 192"),
-        ({"attention": "linear", "blocks": ()}, "only softmax attention has blocks of their own widths"),
+        ({"attention": "linear", "blocks": ()}, "cannot have blocks of their own widths"),
         ({"act": "swish"}, "act='swish': choose one of gelu"),
     ],
 )

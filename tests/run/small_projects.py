@@ -23,6 +23,6 @@ def write(path, cells, reads=None, parameters=PARAMETERS):
 
 
 def go(project, **options):
-    jobs = runner.plan(project, "tiny", options.pop("only", None))
+    jobs = runner.plan(project, "tiny", options.pop("only", ()))
     outcomes = runner.run(project, jobs, **options)
     return {o.stem: o.status for o in outcomes}, outcomes, jobs

@@ -141,16 +141,15 @@ def test_ctrl_c_leaves_no_half_written_copy_and_no_kernel(make, jobs):
         os.kill(pid, 0)
 
 
-def test_choose_preset(make, monkeypatch, tmp_path):
-    project = make({}, gpu={})
-    assert runner.choose_preset(project) == ("tiny", "no CUDA device")
+def test_choose_preset(monkeypatch, tmp_path):
+    assert runner.choose_preset() == ("tiny", "no CUDA device")
     monkeypatch.setattr(runner, "cuda_device", lambda: "Some GPU")
     monkeypatch.setenv("VITLAB_DATA", str(tmp_path))
     monkeypatch.setattr(runner.socket, "create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError()))
-    name, why = runner.choose_preset(project)
+    name, why = runner.choose_preset()
     assert name == "tiny" and "VITLAB_DATA" in why
     (tmp_path / "cifar10.npz").touch()
-    assert runner.choose_preset(project) == ("gpu", "Some GPU, CIFAR under VITLAB_DATA")
+    assert runner.choose_preset() == ("gpu", "Some GPU, CIFAR under VITLAB_DATA")
 
 
 def test_notebooks_and_seeds_run_side_by_side(make, capfd, monkeypatch):

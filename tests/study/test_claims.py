@@ -207,8 +207,8 @@ SOURCE = Path(claims.__file__).with_name("claims.csv").read_text()
     [
         ("S0,dense,macs,912.7", "S0,dense,parameters,912.7", "S0/dense/parameters: its id is given twice"),
         ("condition,note", "condition,notes", "S0/dense/macs: .*'notes'"),
-        (",accuracy,higher,as published", ",accuracy,more,as published", "S0/dense/accuracy: better is 'more'"),
-        (",accuracy,higher,as published", ",taste,higher,as published", "S0/dense/accuracy: kind is 'taste'"),
+        (",accuracy,higher,as published", ",accuracy,more,as published", "S0/sparse/accuracy: better is 'more'"),
+        (",accuracy,higher,as published", ",taste,higher,as published", "S0/sparse/accuracy: kind is 'taste'"),
         ("S2,baseline,power,28.46", "S2,baseline,power,nan", "S2/baseline/power: .* finite"),
         ("S1,favit,memory-saved,98", "S1,favit,memory-saved,", "S1/favit/memory-saved: it has no value"),
         (" S3/pruned-on/", " S3/pruned-onn/", "S3/pruned-on/speed-up: .* did you mean S3/pruned-on/evaluation-time"),

@@ -31,9 +31,10 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(data):
     assert not one.training
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
 def test_stopped_after_any_epoch_a_run_ends_bit_identical(data, tmp_path, optimizer):
-    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, lr=1e-2)
+    rest = {"rest_lr": 1e-3} if optimizer == "muon" else {}
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, lr=1e-2, **rest)
     whole, history = trained(data, recipe)
 
     def stop(epoch, *_):

@@ -28,11 +28,8 @@ OPERATIONS = {
 
 
 def _allowed():
-    def signature(name, kind):
-        arguments = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
-        return f"{name}({arguments})"
-
-    return ", ".join(signature(name, kind) for name, kind in OPERATIONS.items())
+    arguments = lambda kind: ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))  # noqa: E731
+    return ", ".join(f"{name}({arguments(kind)})" for name, kind in OPERATIONS.items())
 
 
 def _calls(node):
@@ -78,14 +75,14 @@ def parse(spec):
 class Augment:
     """A sequence of random operations, from a spec: operations joined by "+", applied from left to right.
 
-    crop(padding, mode), flip(p), rrc(low, high, ratio, size), rotate(degrees), jitter(brightness, contrast,
-    saturation, hue), randaugment(n, m), trivial, erase(p, scale, ratio, value); "" changes nothing.
+    crop(padding), flip(p), rrc(low, high, ratio), rotate(degrees), jitter(brightness, contrast,
+    saturation, hue), randaugment(n, m), trivial, erase(p, scale, ratio); "" changes nothing.
     `str()` gives the spec back; equal specs are equal and hash alike.
 
-    mean: the data's mean colour in [0, 1], one number a channel, for `erase(value="mean")` (its default).
+    mean: the data's mean colour in [0, 1], one number a channel, which `erase` fills with.
 
-    Calling it on uint8 B C H W images with a generator on their device gives uint8 images (of another size
-    after `rrc(size=...)`). Float images in [0, 1] stay float; the colour operations take them through 8 bits.
+    Calling it on uint8 B C H W images with a generator on their device gives such images. Float images in [0, 1]
+    stay float; the colour operations take them through 8 bits.
     """
 
     spec: str = ""
@@ -97,9 +94,8 @@ class Augment:
         if self.mean is not None:
             mean = tuple(float(v) for v in self.mean)
             object.__setattr__(self, "mean", mean)
-            operations = tuple(
-                dataclasses.replace(one, mean=mean) if isinstance(one, Erase) else one for one in operations
-            )
+            coloured = lambda one: dataclasses.replace(one, mean=mean) if isinstance(one, Erase) else one  # noqa: E731
+            operations = tuple(map(coloured, operations))
         object.__setattr__(self, "spec", self.spec.strip())
         object.__setattr__(self, "operations", operations)
 
@@ -134,18 +130,13 @@ def normalize(images, mean, std, size=None, dtype=torch.float32):
     scale = constant(tuple(1 / (largest * s) for s in std), images.device)
     shift = constant(tuple(-m / s for m, s in zip(mean, std)), images.device)
     pixels = images.float()
-    if size is not None:
-        pixels = _resize(pixels, (size, size) if isinstance(size, int) else tuple(size))
+    size, now = (size, size) if isinstance(size, int) else size, tuple(images.shape[2:])
+    if size is not None and tuple(size) != now:
+        shrinks = size[0] < now[0] or size[1] < now[1]
+        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=shrinks)
     # in place where the pixels are a copy: a second large buffer costs more than the arithmetic
     pixels = pixels.mul(scale) if pixels is images else pixels.mul_(scale)
     return pixels.add_(shift).to(dtype)
-
-
-def _resize(images, size):
-    if size == tuple(images.shape[2:]):
-        return images
-    shrinks = size[0] < images.shape[2] or size[1] < images.shape[3]
-    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 def beta(alpha, count, generator):

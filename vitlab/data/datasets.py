@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,6 @@ class Split:
 
     def __len__(self):
         return len(self.labels)
-
-    def __repr__(self):
-        return f"Split({len(self):,} of {'x'.join(map(str, self.images.shape[1:]))} on {self.images.device})"
 
     def to(self, device):
         return Split(self.images.to(device), self.labels.to(device))
@@ -101,8 +97,7 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
               "folder:PATH": PATH/{train,val,test}/CLASS/image or PATH/CLASS/image, any sizes and kinds of
               image. The official validation images of Tiny ImageNet are the `test` here, since its own test
               set has no labels.
-    root      folder with the data and their cache (root/cache; where that cannot be written,
-              ~/.cache/vitlab/cache); default $VITLAB_DATA, else ~/.cache/vitlab.
+    root      folder with the data and their cache (root/cache); default $VITLAB_DATA, else ~/.cache/vitlab.
     val       size of the validation split that is cut out of the training set, class by class in proportion,
               drawn from `seed`: a count, or a fraction of it below 1. 0 leaves `val` empty. It is not applied
               where the data come with their own, as "tiny" and folders with a val folder do. In a folder's
@@ -116,7 +111,7 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
     arguments or files that are wrong.
     """
     _check(val, size, on_error)
-    root = Path(root or os.environ.get("VITLAB_DATA") or sources.HOME).expanduser()
+    root = Path(root or sources.home()).expanduser()
     if size == sources.NATIVE.get(name):
         size = None
     if name == "tiny":
@@ -228,21 +223,17 @@ def _drawn(labels, count, draw, what):
 def _opened(plan, root, on_error, size):
     """_prepared() of a plan's source, scaled to `size`: from a cache that is whole and in date, else anew."""
     file = f"{plan.stem}-{size}.safetensors" if size else f"{plan.stem}.safetensors"
-    folders = [root / "cache"]
-    if not sources.writable(folders[0]):
-        folders.append(sources.home() / "cache")
-    for folder in folders:
-        found = _read_cache(folder / file, plan.stamp, on_error)
-        if found:
-            return found
+    path = root / "cache" / file
+    if found := _read_cache(path, plan.stamp, on_error):
+        return found
     source = _resized(_opened(plan, root, on_error, None)[0], size) if size else plan.read(on_error)
     if plan.stamp is None:  # just downloaded
         plan = sources.plan(plan.stem, root)
     prepared = _prepared(source)
     try:
-        _write_cache(folders[-1] / file, plan.stamp, *prepared)
+        _write_cache(path, plan.stamp, *prepared)
     except (OSError, SafetensorError) as error:
-        print(f"{folders[-1] / file} cannot be written ({error}): the data are read anew each time", flush=True)
+        print(f"{path} cannot be written ({error}): the data are read anew each time", flush=True)
     return prepared
 
 

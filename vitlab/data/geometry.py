@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from vitlab.data.imageops import rotate
 
 
-def _check_chance(p, name):
-    if not (isinstance(p, (int, float)) and 0 <= p <= 1):
-        raise ValueError(f"{name} takes a probability of 0..1, not {p!r}")
+def _check_number(value, name, most):
+    if not (isinstance(value, (int, float)) and 0 <= value <= most):
+        raise ValueError(f"{name} must be a number of 0..{most}, not {value!r}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -30,22 +30,14 @@ def _uniform(generator, device, *shape, low=0.0, high=1.0):
     return torch.rand(*shape, generator=generator, device=device, dtype=torch.float64) * (high - low) + low
 
 
-def _numbers(value, count):
-    return isinstance(value, (tuple, list)) and len(value) == count and all(
-        isinstance(v, (int, float)) and math.isfinite(v) for v in value
-    )  # fmt: skip
-
-
-def _check_range(value, name, above=0.0):
-    if not (_numbers(value, 2) and above < value[0] <= value[1]):
-        raise ValueError(f"{name} must be two numbers above {above:g}, the smaller first, not {value!r}")
+def _check_range(value, name):
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
+    if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
+        raise ValueError(f"{name} must be two numbers above 0, the smaller first, not {value!r}")
 
 
 def _box(generator, device, count, height, width, scale, ratio, tries=10):
-    """torchvision's rule for boxes: area and aspect (tall) are drawn up to ten times.
-
-    Returns heights and widths, int64 count x tries; those of a try may exceed the image.
-    """
+    """Heights and widths, int64 count x tries, by torchvision's rule for boxes; those of a try may exceed the image."""
     area = _uniform(generator, device, count, tries, low=scale[0], high=scale[1]) * (height * width)
     aspect = _uniform(generator, device, count, tries, low=math.log(ratio[0]), high=math.log(ratio[1])).exp()
     return (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
@@ -64,14 +56,13 @@ def _place(generator, room):
 
 @dataclass(frozen=True)
 class Crop:
-    """Pad every side by `padding` pixels ("reflect" or "zero") and cut out the image's size at random."""
+    """Pad every side by `padding` reflected pixels and cut out the image's size at random."""
 
     padding: int = 4
-    mode: str = "reflect"
 
     def __post_init__(self):
-        if not (isinstance(self.padding, int) and self.padding >= 0) or self.mode not in ("reflect", "zero"):
-            raise ValueError(f'crop takes a padding >= 0 and the mode "reflect" or "zero", not {self}')
+        if not (isinstance(self.padding, int) and self.padding >= 0):
+            raise ValueError(f"crop takes a padding >= 0, not {self}")
 
     def draw(self, images, generator):
         """(top, left) in the padded image, int64 B."""
@@ -80,13 +71,11 @@ class Crop:
 
     def apply(self, images, params):
         count, channels, height, width = images.shape
-        if self.mode == "reflect" and self.padding >= min(height, width):
+        if self.padding >= min(height, width):
             raise ValueError(f"crop({self.padding}): the padding must be below the size, {height}x{width}")
         # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
-        source = images if images.device.type == "cpu" or self.mode == "zero" else images.float()
-        padded = F.pad(source, (self.padding,) * 4, mode={"zero": "constant"}.get(self.mode, self.mode)).to(
-            images.dtype
-        )
+        source = images if images.device.type == "cpu" else images.float()
+        padded = F.pad(source, (self.padding,) * 4, mode="reflect").to(images.dtype)
         top, left = params
         # every row of the result is one run of memory: its place in the padded batch, B C H
         row = torch.arange(count * channels, device=images.device).view(count, channels, 1) * padded.shape[2]
@@ -102,7 +91,7 @@ class Flip:
     p: float = 0.5
 
     def __post_init__(self):
-        _check_chance(self.p, "flip")
+        _check_number(self.p, "flip's probability", 1)
 
     def draw(self, images, generator):
         return (_uniform(generator, images.device, len(images)) < self.p,)
@@ -120,8 +109,7 @@ class Rotate:
     degrees: float = 15.0
 
     def __post_init__(self):
-        if not (isinstance(self.degrees, (int, float)) and 0 <= self.degrees <= 360):
-            raise ValueError(f"rotate takes degrees of 0..360, not {self.degrees!r}")
+        _check_number(self.degrees, "rotate's degrees", 360)
 
     def draw(self, images, generator):
         return (_uniform(generator, images.device, len(images), low=-self.degrees, high=self.degrees),)
@@ -134,32 +122,23 @@ class Rotate:
 class Erase:
     """With probability `p` fill a box of `scale` of the area and aspect `ratio` (arXiv:1708.04896).
 
-    torchvision erases after normalising, where its 0 is the data's mean colour; here erasing comes before.
-    value: "mean" is `mean`, the data's mean colour in [0, 1] (which `Augment(spec, mean=...)` sets), or
-    without one the image's own mean colour; "random" is uniform noise; else a level of 0..255 or one a
-    channel.
+    torchvision erases after normalising, where its 0 is the data's mean colour; here erasing comes before, and
+    fills with `mean`, the data's mean colour in [0, 1] (which `Augment(spec, mean=...)` sets), or without one
+    with the image's own mean colour.
     """
 
     p: float = 0.5
     scale: tuple = (0.02, 0.33)
     ratio: tuple = (0.3, 3.3)
-    value: object = "mean"
     mean: tuple | None = None
 
     def __post_init__(self):
-        _check_chance(self.p, "erase")
+        _check_number(self.p, "erase's probability", 1)
         _check_range(self.scale, "erase scale")
         _check_range(self.ratio, "erase ratio")
-        levels = self.value if isinstance(self.value, tuple) else (self.value,)
-        if self.value not in ("mean", "random") and not (
-            _numbers(levels, len(levels)) and levels and all(0 <= v <= 255 for v in levels)
-        ):
-            raise ValueError(
-                f'erase value is "mean", "random", a level of 0..255 or a tuple of them, not {self.value!r}'
-            )
 
     def draw(self, images, generator):
-        """(top, left, height, width), int64 B, the last two 0 where nothing is erased; and noise or None."""
+        """(top, left, height, width), int64 B, the last two 0 where nothing is erased."""
         count, _, height, width = images.shape
         device, none = images.device, torch.zeros(count, dtype=torch.long, device=images.device)
         tall, wide = _box(generator, device, count, height, width, self.scale, self.ratio)
@@ -167,54 +146,42 @@ class Erase:
         tall, wide = _first(fits, tall, none), _first(fits, wide, none)
         top, left = _place(generator, height - tall), _place(generator, width - wide)
         erased = _uniform(generator, device, count) < self.p
-        noise = None
-        if self.value == "random":
-            noise = torch.randint(256, images.shape, generator=generator, device=device, dtype=torch.uint8)
-        return top, left, tall * erased, wide * erased, noise
+        return top, left, tall * erased, wide * erased
 
     def apply(self, images, params):
-        top, left, tall, wide, noise = params
+        top, left, tall, wide = params
         y, x = (torch.arange(size, device=images.device) for size in images.shape[2:])
         rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
         columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
         inside = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
-        return torch.where(inside, self._fill(images, noise), images)
+        return torch.where(inside, self._fill(images), images)
 
-    def _fill(self, images, noise):
-        """What to fill with, in the images' dtype and units, B|1 C|1 H|1 W|1."""
+    def _fill(self, images):
+        """What to fill with, in the images' dtype and units, B|1 C|1 1 1."""
         whole = not images.is_floating_point()
-        if self.value == "mean" and self.mean is None:
+        if self.mean is None:
             fill = images.float().mean((2, 3), keepdim=True) / (255 if whole else 1)
-        elif self.value == "mean":
-            fill = constant(self.mean, images.device)
-        elif self.value == "random":
-            fill = noise / 255
         else:
-            levels = self.value if isinstance(self.value, tuple) else (self.value,)
-            fill = constant(levels, images.device) / 255
+            fill = constant(self.mean, images.device)
         if fill.shape[1] not in (1, images.shape[1]):
-            raise ValueError(f"erase: {fill.shape[1]} fill values for images of {images.shape[1]} channels")
+            raise ValueError(f"erase: a mean of {fill.shape[1]} values for images of {images.shape[1]} channels")
         return (fill.mul(255).round_() if whole else fill).to(images.dtype)
 
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """Cut a box of `low`..`high` of the area and aspect `ratio` (width / height), and resize it to `size`.
+    """Cut a box of `low`..`high` of the area and aspect `ratio` (width / height), and resize it to the image's size.
 
-    torchvision's RandomResizedCrop: bilinear with antialiasing; `size` is pixels a side or None for the
-    images' own height and width.
+    torchvision's RandomResizedCrop: bilinear with antialiasing.
     """
 
     low: float = 0.08
     high: float = 1.0
     ratio: tuple = (3 / 4, 4 / 3)
-    size: int | None = None
 
     def __post_init__(self):
         _check_range((self.low, self.high), "rrc scale")
         _check_range(self.ratio, "rrc ratio")
-        if self.size is not None and not (isinstance(self.size, int) and self.size > 0):
-            raise ValueError(f"rrc size is a number of pixels above 0 or None, not {self.size!r}")
 
     def draw(self, images, generator):
         """(top, left, height, width), int64 B."""
@@ -234,18 +201,17 @@ class ResizedCrop:
 
     def apply(self, images, params):
         top, left, tall, wide = params
-        height, width = images.shape[2:] if self.size is None else (self.size, self.size)
-        down = _resampling(top, tall, images.shape[2], height).unsqueeze(1)  # B 1 S H
-        across = _resampling(left, wide, images.shape[3], width).unsqueeze(1)  # B 1 S W
+        down = _resampling(top, tall, images.shape[2]).unsqueeze(1)  # B 1 H H
+        across = _resampling(left, wide, images.shape[3]).unsqueeze(1)  # B 1 W W
         resized = down @ images.float() @ across.mT
         return (resized if images.is_floating_point() else resized.round_().clamp_(0, 255)).to(images.dtype)
 
 
-def _resampling(start, length, size, out):
-    """Matrices, B out size, that resize [start, start + length) to `out` samples: antialiased bilinear."""
-    scale = (length / out).view(-1, 1, 1)
+def _resampling(start, length, size):
+    """Matrices, B size size, that resize [start, start + length) to `size` samples: antialiased bilinear."""
+    scale = (length / size).view(-1, 1, 1)
     place = torch.arange(size, device=start.device)
-    centre = scale * (torch.arange(out, device=start.device).view(1, -1, 1) + 0.5)
+    centre = scale * (place.view(1, -1, 1) + 0.5)
     weight = 1 - ((place - start.view(-1, 1, 1) + 0.5 - centre) / scale.clamp(min=1)).abs()
     inside = (place >= start[:, None]) & (place < (start + length)[:, None])  # B size
     weight = weight.clamp_(min=0) * inside.unsqueeze(1)

@@ -1,6 +1,5 @@
 """Where images come from: the bundled set, CIFAR and Tiny ImageNet, read whole into uint8 tensors."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -21,9 +20,13 @@ from vitlab.utils.files import atomic, digest
 
 HOME = "~/.cache/vitlab"
 NATIVE = {"cifar10": 32, "cifar100": 32, "tiny": 32, "tiny-imagenet": 64}
+ZIP = "tiny-imagenet-200.zip"
 ZIP_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-MARKS = "val/val_annotations.txt"
+MISSING = """data set {name!r} is not there. Looked for
+{places}
+Two ways to get it: put the file there (another folder: root=... or VITLAB_DATA); or let it be downloaded from {url} to
+{root}, which failed just now: {problem}"""
 TIMEOUT = 20  # seconds without a byte before a download is given up
 # SHA-256 of the sorted SHA-256 sums of (pixels, label) of all images: of the set, whatever its order
 CIFAR_SUMS = {
@@ -39,23 +42,17 @@ def plan(name, root, size=None):
     if name in ("cifar10", "cifar100"):
         return Plan(name, digest(CIFAR_SUMS), lambda on_error: cifar(name, root))
     if name == "tiny-imagenet":
-        return Plan(name, _place_stamp(_place(root)), partial(tiny_imagenet, root))
+        path = root / ZIP
+        facts = path.stat() if path.exists() else None
+        return Plan(name, facts and digest([facts.st_size, facts.st_mtime_ns]), partial(tiny_imagenet, path))
     if name.startswith("folder:") and name != "folder:":
         return folder_plan(Path(name.removeprefix("folder:")).expanduser(), size)
     raise ValueError(f"unknown data set {name!r}: allowed are {', '.join(NATIVE)} and folder:PATH")
 
 
-def writable(folder):
-    """Whether files can be made in `folder`, which need not exist yet."""
-    folder = Path(folder)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
 def home():
-    """The folder for data where nothing else is said."""
-    return Path(HOME).expanduser()
+    """The folder for data where nothing else is said: $VITLAB_DATA, else ~/.cache/vitlab."""
+    return Path(os.environ.get("VITLAB_DATA") or HOME).expanduser()
 
 
 def tiny():
@@ -121,13 +118,8 @@ def _from_torchvision(name, root, npz):
     try:
         sets = [kind(root, train=train) for train in (True, False)]
     except RuntimeError:  # not there, or its checksums are wrong
-        target = root if writable(root) else home()
-        try:
-            with _time_limit(TIMEOUT):
-                sets = [kind(target, train=train, download=True) for train in (True, False)]
-        except Exception as error:
-            looked = (npz, root / kind.base_folder, root / kind.filename)
-            raise _missing(name, looked, "as any one of these", kind.url, target, error) from error
+        fetch = lambda: [kind(root, train=train, download=True) for train in (True, False)]  # noqa: E731
+        sets = _downloaded(name, fetch, kind.url, (npz, root / kind.base_folder, root / kind.filename))
     return {part: (found.data, np.asarray(found.targets)) for part, found in zip(("train", "test"), sets)}
 
 
@@ -141,33 +133,35 @@ def _by_hash(pixels, labels):
     return pixels[order], labels[order]
 
 
-def tiny_imagenet(root, on_error="raise"):
-    """Tiny ImageNet (Stanford CS231n, 200 classes, 64 x 64): its zip or folder in `root`, else downloaded.
+def tiny_imagenet(path, on_error="raise"):
+    """Tiny ImageNet (Stanford CS231n, 200 classes, 64 x 64) from its zip at `path`, else downloaded to there.
 
     Read straight from the zip, nothing is extracted. The official validation images, which have labels, are
     our "test". Classes are the sorted WordNet ids, as ImageFolder has them, under their first name in
-    words.txt. The address and checksum can be set by VITLAB_TINY_IMAGENET_URL and VITLAB_TINY_IMAGENET_MD5
-    (for a mirror).
+    words.txt. DatasetMissing if it is not there and the download fails; ValueError for another layout.
     """
-    place = _place(root) or _download_zip(root)
-    with _shelf(place) as (names, read):
+    if not path.exists():
+        _downloaded("tiny-imagenet", partial(_download_zip, path), f"{ZIP_URL} (MD5 {ZIP_MD5})", [path])
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole zip file ({error}): remove it to have it downloaded again") from error
+    with archive:
+        top = path.stem + "/"
+        read = lambda name: archive.read(top + name)  # noqa: E731
         try:
             ids = sorted(read("wnids.txt").decode().split())
             number = {wnid: k for k, wnid in enumerate(ids)}
             words = dict(_rows(read("words.txt")))
-            marks = [(f"val/images/{image}", number[wnid]) for image, wnid in _rows(read(MARKS))]
-        except (KeyError, OSError, ValueError) as error:
-            raise ValueError(f"{place} is not laid out as Tiny ImageNet: {error!r}") from error
-        found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in sorted(names))
+            marks = _rows(read("val/val_annotations.txt"))
+            marks = [(f"val/images/{image}", number[wnid]) for image, wnid in marks]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not laid out as Tiny ImageNet: {error!r}") from error
+        names = sorted(name.removeprefix(top) for name in archive.namelist())
+        found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in names)
         items = {"train": [(m[0], number[m[1]]) for m in found if m and m[1] in number], "test": marks}
-        if (len(items["train"]), len(marks)) != (100_000, 10_000):
-            print(
-                f"{place}: {len(items['train']):,} train and {len(marks):,} validation images, not the "
-                f"standard 100,000 and 10,000",
-                flush=True,
-            )
         for part in items:
-            demand_all(items[part], ids, f"{place}, {part}")
+            demand_all(items[part], ids, f"{path}, {part}")
         splits, skipped = decode(read, items, NATIVE["tiny-imagenet"], on_error, "tiny-imagenet")
     first = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
     classes = tuple(w if first.count(w) == 1 else f"{w} ({wnid})" for w, wnid in zip(first, ids))
@@ -179,53 +173,25 @@ def _rows(data):
     return [line.split("\t")[:2] for line in data.decode().splitlines() if line.strip()]
 
 
-def _place(root):
-    """The zip or the unpacked folder, if either is there."""
-    options = (root / "tiny-imagenet-200.zip", root / "tiny-imagenet-200", home() / "tiny-imagenet-200.zip")
-    return next((path for path in options[: 2 + (not writable(root))] if path.exists()), None)
-
-
-def _place_stamp(place):
-    if place is None:
-        return None
-    inside = [place] if place.is_file() else [place / name for name in ("wnids.txt", "train", MARKS)]
-    return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in inside if p.exists()])
-
-
-def _download_zip(root):
+def _download_zip(path):
     from torchvision.datasets.utils import download_url
 
-    url = os.environ.get("VITLAB_TINY_IMAGENET_URL") or ZIP_URL
-    md5 = os.environ.get("VITLAB_TINY_IMAGENET_MD5") or ZIP_MD5
-    target = (root if writable(root) else home()) / "tiny-imagenet-200.zip"
+    with atomic(path) as part:
+        download_url(ZIP_URL, part.parent, part.name, ZIP_MD5)
+
+
+def _downloaded(name, fetch, url, looked):
+    """What `fetch` gives; DatasetMissing, with the paths that were looked for, where it fails."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with _time_limit(TIMEOUT), atomic(target) as part:
-            download_url(url, part.parent, part.name, md5)
+        return fetch()
     except Exception as error:
-        if "corrupted" in str(error):
-            error = ValueError(f"what came has not the MD5 {md5}")
-        looked = (root / "tiny-imagenet-200.zip", root / "tiny-imagenet-200")
-        raise _missing("tiny-imagenet", looked, "as either of these", url, target.parent, error) from error
-    return target
-
-
-@contextlib.contextmanager
-def _shelf(place):
-    """Yield (names of the files below tiny-imagenet-200/, function from such a name to the file's bytes)."""
-    if place.is_dir():
-        yield (
-            [p.relative_to(place).as_posix() for p in place.rglob("*.JPEG")],
-            lambda name: (place / name).read_bytes(),
-        )
-        return
-    try:
-        archive = zipfile.ZipFile(place)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{place} is not a whole zip file ({error}): remove it to have it downloaded again") from error
-    with archive:
-        top = next((n.removesuffix("wnids.txt") for n in archive.namelist() if n.endswith("wnids.txt")), "")
-        names = [n.removeprefix(top) for n in archive.namelist() if n.startswith(top)]
-        yield names, lambda name: archive.read(top + name)
+        places, problem = "\n".join(f"  {path}" for path in looked), f"{type(error).__name__}: {error}"
+        told = MISSING.format(name=name, places=places, url=url, root=looked[0].parent, problem=problem)
+        raise DatasetMissing(told) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _tensors(pixels, labels):
@@ -240,22 +206,3 @@ def _hashes(pixels):
 
 def _official_classes(name):
     return tuple(json.loads((resources.files("vitlab.data") / "assets" / "classes.json").read_text())[name])
-
-
-@contextlib.contextmanager
-def _time_limit(seconds):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _missing(name, looked, how, url, target, error):
-    places = "\n".join(f"  {path}" for path in looked)
-    return DatasetMissing(
-        f"data set {name!r} is not there. Looked for\n{places}\n"
-        f"Two ways to get it: put the file there {how} (another folder: root=... or VITLAB_DATA); or let it "
-        f"be downloaded from {url} to {target}, which failed just now: {type(error).__name__}: {error}"
-    )

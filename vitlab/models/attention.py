@@ -9,6 +9,20 @@ from torch import nn
 from vitlab.models.shape import BlockShape
 
 
+def attend(q, k, v, *, mask=None, dropout=0.0, scale=None):
+    """softmax(q k^T scale + mask) v, heads apart: query, key, value B heads N width -> B heads N width.
+
+    PyTorch's fused attention, except for training on a CPU in bfloat16, where its backward pass is several times
+    slower than the products written out.
+    """
+    device = q.device.type
+    half = torch.bfloat16 in (q.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+    if not (device == "cpu" and half and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
+    return F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout) @ v
+
+
 class Attention(nn.Module):
     """Multi-head softmax attention (Vaswani et al. 2017, eq. 1), packed qkv, fused by PyTorch's SDPA. B N D -> B N D.
 
@@ -66,8 +80,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         if not q.shape[-1]:  # all logits 0: every token attends to all alike
             return v.mean(dim=2, keepdim=True).expand_as(v)
-        rate = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=rate, scale=self.scale)
+        return attend(q, k, v, dropout=self.dropout if self.training else 0.0, scale=self.scale)
 
     def joined(self, mixed):
         """Values of (filled-up) heads, B N heads width -> the channels that there are, B N V."""
@@ -117,7 +130,7 @@ def linear(inputs, outputs, bias=True):
 
 
 ATTENTIONS = {"softmax": Attention}  # name in a config -> class; the modules below add theirs
-PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear")
+PROVIDERS = dict.fromkeys(("linear", "ripple", "hydra"), "vitlab.models.linear") | {"topk": "vitlab.models.sparse"}
 
 
 def attention_class(name):

@@ -47,14 +47,18 @@ class ConvStem(nn.Module):
         super().__init__()
         layers, width = [], config.in_chans
         for out, stride in self.plan(config):
-            conv = nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            layers += [conv, nn.BatchNorm2d(out), nn.GELU()]
+            layers += self.layer(width, out, stride)
             width = out
         self.layers = nn.Sequential(*layers)
         self.proj = nn.Conv2d(width, config.dim, 1)
         nn.init.trunc_normal_(self.proj.weight, std=math.sqrt(1 / width))
         nn.init.zeros_(self.proj.bias)
+
+    @staticmethod
+    def layer(width, out, stride):
+        conv = nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        return [conv, nn.BatchNorm2d(out), nn.GELU()]
 
     @staticmethod
     def plan(config):
@@ -76,6 +80,37 @@ class ConvStem(nn.Module):
             total += side**2 * 9 * width * out
             width = out
         return total + side**2 * width * config.dim
+
+
+class Residual(nn.Sequential):
+    """x + f(x), f being the layers one after the other."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class ResidualStem(ConvStem):
+    """The conv stem with a residual 3x3 layer (He et al. 2016) after each halving of the image.
+
+    For dim 128 and patches of 4: 3x3 to 24 channels, 3x3/2 to 64, residual 3x3, 3x3/2 to 128, residual 3x3, 1x1.
+    """
+
+    @staticmethod
+    def layer(width, out, stride):
+        layers = ConvStem.layer(width, out, stride)
+        return [Residual(*layers)] if (width, stride) == (out, 1) else layers
+
+    @staticmethod
+    def plan(config):
+        first, *halvings = ConvStem.plan(config)
+        # a narrower first layer: at full resolution, where channels are dear
+        layers = [(max(8, 3 * first[0] // 4), 1)]
+        for out, _ in halvings:
+            layers += [(out, 2), (out, 1)]
+        return layers
+
+
+STEMS = {"patch": PatchStem, "conv": ConvStem, "residual": ResidualStem}
 
 
 class PaddedNorm(nn.LayerNorm):
@@ -120,12 +155,11 @@ class Mlp(nn.Module):
     With `config.mlp == "conv"` a residual depthwise 3x3 convolution over the patch grid stands between
     them (DHVT, Lu et al. 2022; LocalViT), which gives the model its sense of neighbourhood. Prefix tokens
     pass it by. With "glu" (Shazeer 2020) the first layer is twice as wide, and its activated first half is multiplied
-    into the second; with "glu_last" the second is activated. hidden: channels, where not `config.mlp_dim`.
+    into the second; with "glu_last" the second is activated. hidden: its channels.
     """
 
-    def __init__(self, config, hidden=None):
+    def __init__(self, config, hidden):
         super().__init__()
-        hidden = config.mlp_dim if hidden is None else hidden
         self.hidden, self.grid, self.prefix, self.kind = hidden, config.grid, config.prefix_tokens, config.mlp
         self.gated = self.kind.startswith("glu")
         if hidden:
@@ -178,20 +212,20 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)).
 
-    shape: its widths, where they are not the config's; a branch without channels has no norm either.
+    index: which of the config's blocks it is; a branch without channels has no norm either.
     """
 
-    def __init__(self, config, attention, *, drop_path=0.0, shape=None):
+    def __init__(self, config, attention, index):
         super().__init__()
-        widths = {} if shape is None else {"shape": shape}
-        self.norm1 = norm(config) if shape is None or shape.heads else nn.Identity()
-        self.attn = attention(config.dim, config.heads, config=config, **widths, **dict(config.attention_args))
+        shape = config.shapes[index]
+        self.norm1 = norm(config) if shape.heads else nn.Identity()
+        self.attn = attention(config.dim, config.heads, config=config, **config.arguments(index))
         self.ls1 = LayerScale(config.dim) if config.layer_scale else None
-        self.norm2 = norm(config) if shape is None or shape.hidden else nn.Identity()
-        self.mlp = Mlp(config, None if shape is None else shape.hidden)
+        self.norm2 = norm(config) if shape.hidden else nn.Identity()
+        self.mlp = Mlp(config, shape.hidden)
         self.ls2 = LayerScale(config.dim) if config.layer_scale else None
         self.drop = nn.Dropout(config.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(shape.drop_path)
 
     def forward(self, x):
         x = x + self.attended(self.attn(self.norm1(x)))

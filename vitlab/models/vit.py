@@ -11,11 +11,10 @@ from torch import nn
 
 from vitlab.models.attention import attention_class
 from vitlab.models.checkpoint import as_dataclass, register
-from vitlab.models.layers import ACTIVATIONS, Block, ConvStem, PatchStem, norm
+from vitlab.models.layers import ACTIVATIONS, STEMS, Block, norm
 from vitlab.models.shape import BlockShape
 from vitlab.utils.files import LATER
 
-STEMS = {"patch": PatchStem, "conv": ConvStem}
 CHOICES = {
     "stem": STEMS, "mlp": ("plain", "conv", "glu", "glu_last"), "pos": ("learned", "patches", "none"),
     "pool": ("cls", "mean"), "pool_norm": ("before", "after"), "act": ACTIVATIONS,
@@ -51,7 +50,7 @@ class ViTConfig:
     heads: int = 3
     mlp_dim: int | None = None
     mlp: str = "plain"  # | "conv": a depthwise 3x3 over the patch grid between the two layers | "glu" | "glu_last"
-    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions
+    stem: str = "patch"  # "patch" | "conv": overlapping 3x3 convolutions | "residual": more of them, some residual
     pos: str = "learned"  # "learned" | of the "patches" alone | "none"
     pool: str = "cls"  # "cls" | "mean" of the patches
     pool_norm: str = "before"  # the last LayerNorm "before" | "after" pooling (timm's fc_norm)
@@ -84,7 +83,7 @@ class ViTConfig:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("mlp_dim", self.mlp_dim or 4 * self.dim)
         pairs = self.attention_args.items() if isinstance(self.attention_args, dict) else self.attention_args
-        put("attention_args", tuple((str(k), v) for k, v in pairs))
+        put("attention_args", tuple((str(k), tuple(v) if isinstance(v, list) else v) for k, v in pairs))
         if self.blocks is not None:
             put("blocks", tuple(as_dataclass(BlockShape, b) for b in self.blocks))
             put("depth", len(self.blocks))
@@ -113,16 +112,20 @@ class ViTConfig:
         for name in ("dropout", "attention_dropout", "drop_path", "pos_dropout", "head_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a rate in [0, 1) is needed")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size={self.patch_size}: the conv stem halves the image, so a power of two")
+        least = {"patch": 0, "conv": 1, "residual": 2}[self.stem]  # residual layers come after a halving
+        if least and (self.patch_size & (self.patch_size - 1) or self.patch_size < least):
+            raise ValueError(f"patch_size={self.patch_size}: the {self.stem} stem halves it: a power of two >= {least}")
         if self.distilled and (self.pool != "cls" or self.registers):
             raise ValueError("distilled=True needs pool='cls' and no registers: its token stands beside the CLS token")
         if self.class_token is False and self.pool == "cls":
             raise ValueError("pool='cls' needs the class token")
         if self.norm_dim is not None and self.norm_dim < self.dim:
             raise ValueError(f"norm_dim={self.norm_dim} is less than the {self.dim} channels that there are")
-        if given and self.attention != "softmax":
-            raise ValueError(f"attention={self.attention!r}: only softmax attention has blocks of their own widths")
+        if given and self.attention not in ("softmax", "topk"):
+            raise ValueError(f"attention={self.attention!r} cannot have blocks of their own widths; softmax, topk can")
+        for name, value in self.attention_args:
+            if isinstance(value, tuple) and len(value) != self.depth:
+                raise ValueError(f"{name}={value}: one for all blocks, or one for each of the {self.depth}, is needed")
 
     def _uniform(self):
         rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
@@ -132,6 +135,11 @@ class ViTConfig:
     def shapes(self):
         """The `BlockShape` of every block."""
         return self._uniform() if self.blocks is None else self.blocks
+
+    def arguments(self, index):
+        """What the attention of block `index` is built with, beside the config: an argument may have one a block."""
+        shape = {} if self.blocks is None else {"shape": self.blocks[index]}
+        return shape | {k: v[index] if isinstance(v, tuple) else v for k, v in self.attention_args}
 
     @property
     def stem_width(self):
@@ -171,13 +179,9 @@ class ViTConfig:
         with torch.device("meta"):  # shapes are enough
             return sum(p.numel() for p in self.build().parameters())
 
-    def padded(self, block):
-        """Width that the heads of `block`, a BlockShape, are filled up to, for one fused attention; 0 for none."""
-        return 0 if self.qk_norm else block.padded
-
     def products(self, block):
         """Channels that take part in the two products of tokens with tokens, those that are filled up counted."""
-        padded = 2 * self.padded(block) * len(block.each_head)
+        padded = 0 if self.qk_norm else 2 * block.padded * len(block.each_head)
         return padded or sum(qk + v for qk, v in block.each_head if qk)
 
     def macs(self):
@@ -185,18 +189,18 @@ class ViTConfig:
 
         Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
         N D (2 Q + V) + N^2 (Q + V) + N V D, or what an attention of another kind says, + 2 N D H (3 with a GLU)
-        + 9 n H for a depthwise 3x3 over n patches. Where heads are `padded`, the products of tokens are those of the
-        padded widths; else a head without query/key channels averages its values: no product of tokens.
+        + 9 n H for a depthwise 3x3 over n patches. Where heads are filled up (`BlockShape.padded`), Q and V are those
+        of the filled-up widths; else a head without query/key channels averages its values: no product of tokens.
         """
-        n, d, other = self.tokens, self.dim, None
-        if self.attention != "softmax":
-            with torch.device("meta"):
-                build = attention_class(self.attention)
-                other = build(d, self.heads, config=self, **dict(self.attention_args)).macs()
+        n, d = self.tokens, self.dim
         hidden, classes, total = self.head_hidden, self.num_classes, STEMS[self.stem].macs(self)
         total += (d * classes if hidden is None else d * hidden + hidden * classes) * (1 + self.distilled)
-        for block in self.shapes:
-            total += other or n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
+        for i, block in enumerate(self.shapes):
+            if self.attention == "softmax":
+                total += n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
+            else:
+                with torch.device("meta"):  # shapes are enough
+                    total += attention_class(self.attention)(d, self.heads, config=self, **self.arguments(i)).macs()
             total += block.hidden * (self.mlp_layers * n * d + (9 * self.grid**2 if self.mlp == "conv" else 0))
         return total
 
@@ -219,10 +223,7 @@ class ViT(nn.Module):
         self.pos_embed = token({"learned": config.tokens, "patches": config.grid**2, "none": 0}[config.pos])
         self.pos_drop = nn.Dropout(config.dropout if config.pos_dropout is None else config.pos_dropout)
         self.norm_pre = norm(config) if config.pre_norm else None
-        own = config.blocks is not None
-        self.blocks = nn.ModuleList(
-            Block(config, attention, drop_path=shape.drop_path, shape=shape if own else None) for shape in config.shapes
-        )
+        self.blocks = nn.ModuleList(Block(config, attention, index) for index in range(config.depth))
         self.norm = norm(config)
         dropped = config.head_dropout and config.head_hidden is None
         self.head_drop = nn.Dropout(config.head_dropout) if dropped else None
@@ -234,9 +235,8 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(part, std=0.02)
 
     def _head(self):
-        config = self.config
-        dim, hidden, classes = config.dim, config.head_hidden, config.num_classes
-        if hidden is None:
+        config, dim, classes = self.config, self.config.dim, self.config.num_classes
+        if (hidden := config.head_hidden) is None:
             return nn.Linear(dim, classes)
         drop = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), drop, nn.Linear(hidden, classes))

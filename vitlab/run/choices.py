@@ -13,7 +13,7 @@ from vitlab.study import zoo
 def recipe(given):
     """The published recipe with what is given; the warm-up in proportion to the epochs."""
     published = zoo.get("S4/baseline").recipe
-    given = _typed(type(published), given)
+    given = typed(type(published), given)
     warmup = published.warmup * given.get("epochs", published.epochs) / published.epochs
     return dataclasses.replace(published, **{"warmup": warmup, **given})
 
@@ -25,7 +25,7 @@ def config(options, given):
     if "num_classes" in given:
         raise ValueError(f"--num-classes {given['num_classes']}: the data decide on that")
     known = {f.name for f in dataclasses.fields(cls)}
-    given = _typed(cls, given) | ({"name": name} if name else {})
+    given = typed(cls, given) | ({"name": name} if name else {})
     needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(needed - given.keys() - {"num_classes"}):
         raise ValueError(f"--model {options.model} needs {', '.join(missing)}, too; "
@@ -59,7 +59,7 @@ def _attention_args(options, attention):
     return found
 
 
-def _typed(cls, given):
+def typed(cls, given):
     """{field: text} as values of the dataclass's types; ValueError for an unknown name or another type."""
     hints, found = typing.get_type_hints(cls), {}
     fields = [f.name for f in dataclasses.fields(cls)]

@@ -19,7 +19,7 @@ def run(options):
     if options.list:
         print(listing(project))
         return 0
-    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset(project)
+    preset, why = (options.preset, "as asked") if options.preset else runner.choose_preset()
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
@@ -115,6 +115,36 @@ def train(options):
     state.unlink(missing_ok=True)
     print(f"{options.checkpoint}: {len(history)} epochs in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
+
+
+def apply(options):
+    """Make a model cheaper as asked, and say whether that paid."""
+    from vitlab.utils import threads
+
+    threads.wait_passively()
+    from vitlab.run import apply
+    from vitlab.train.loop import BudgetSpent, NotFinite
+
+    recipe, device = apply.checked(options), _device(options.device)
+    print(threads.choose(), flush=True)
+    try:
+        apply.apply(options, device, recipe)
+    except (KeyboardInterrupt, BudgetSpent) as stop:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return BUDGET_CODE if isinstance(stop, BudgetSpent) else INTERRUPTED_CODE
+    except NotFinite as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def export(options):
+    """Write a checkpoint in the formats asked for, check them, and time them."""
+    from vitlab.utils import threads
+
+    threads.wait_passively()
+    from vitlab.run import export
+
+    return export.export(options)
 
 
 def evaluate(options):

@@ -1,7 +1,6 @@
 """Notebook files: where they are, their parameters and presets, what an executed one says of itself."""
 
 import ast
-import contextlib
 import hashlib
 import os
 import re
@@ -28,26 +27,21 @@ class Project:
     def executed(self, preset):
         return self.root / "executed" / preset
 
-    def rows(self, preset, stem):
-        """The result files (one JSON a measured arm) that notebook `stem` has written, sorted."""
-        return sorted((self.root / "results" / preset / stem).glob("*.json"))
-
 
 @dataclass(frozen=True)
 class Notebook:
     """What has to be known of a notebook before it runs.
 
     `parameters` maps each name in its cell tagged `parameters` to the default, `code` holds the sources of its code
-    cells. `reads` names the notebooks whose rows it reads (metadata `{"vitlab": {"reads": ["*"]}}`; "*" is every
-    other): it runs after them, and their rows are among its inputs.
+    cells. `reads` says that the rows of all others are among its inputs (metadata `{"vitlab": {"reads": ["*"]}}`): it
+    runs after them.
     """
 
     path: Path
     title: str
     parameters: dict
     code: tuple[str, ...]
-    reads: tuple[str, ...]
-    source_sha256: str
+    reads: bool
 
     @property
     def stem(self):
@@ -65,38 +59,36 @@ def project(source=None):
 def find(source):
     """Every notebook of the project in running order: by name, those that read others' rows last."""
     paths = sorted((Path(source) / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    return sorted((inspect(path) for path in paths), key=lambda n: (bool(n.reads), n.stem))
+    return sorted((inspect(path) for path in paths), key=lambda n: (n.reads, n.stem))
 
 
 def inspect(path):
     """The Notebook in the file `path`; ValueError where its parameters cannot be read off the source."""
     node = nbformat.read(path, as_version=4)
     cells = source_cells(node)
-    heading = next((text.strip() for kind, text in cells if kind == "markdown" and text.strip()), Path(path).stem)
+    heading = next((text.strip() for kind, text in cells if kind == "markdown"), path.stem)
     return Notebook(
-        path=Path(path),
-        title=heading.splitlines()[0].lstrip("# ").strip(),
-        parameters=defaults(node, Path(path).name),
+        path=path,
+        title=heading.splitlines()[0].lstrip("# "),
+        parameters=_defaults(node, path.name),
         code=tuple(text for kind, text in cells if kind == "code"),
-        reads=tuple(node.metadata.get("vitlab", {}).get("reads", ())),
-        source_sha256=hashlib.sha256(repr(cells).encode()).hexdigest(),
+        reads=bool(node.metadata.get("vitlab", {}).get("reads")),
     )
 
 
-def defaults(node, name="notebook"):
+def _defaults(node, name):
     """{parameter: default} of the one cell tagged `parameters`, which holds plain literal assignments."""
     cells = [c for c in node.cells if PARAMETERS in c.metadata.get("tags", ())]
     if len(cells) != 1:
         raise ValueError(f"{name}: {len(cells)} cells are tagged `{PARAMETERS}`; there must be exactly one")
     found = {}
     for statement in ast.parse(cells[0].source).body:
-        targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
         try:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             found |= {t.id: ast.literal_eval(statement.value) for t in targets}
-        except (AttributeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name}: `{ast.unparse(statement)}` in the parameters cell is not `name = literal`"
-            ) from error
+        except (AttributeError, ValueError) as error:
+            text = ast.unparse(statement)
+            raise ValueError(f"{name}: `{text}` in the parameters cell is not `name = literal`") from error
     return found
 
 
@@ -141,11 +133,10 @@ def preset_parameters(source, preset, notebooks):
     common = sections.pop("common", None) or {}
     stems = [n.stem for n in notebooks]
     if strange := sorted(set(sections) - set(stems)):
-        raise ValueError(f"{file}: no notebook for {strange}; there are: {', '.join(stems) or 'none'}")
+        raise ValueError(f"{file}: no notebook for {strange}; there are: {', '.join(stems)}")
     if missing := sorted(set(stems) - set(sections)):
         raise ValueError(f"{file} has no section for {missing}; `name: {{}}` takes the notebook's defaults")
-    nobody = sorted(k for k in common if not any(k in n.parameters for n in notebooks))
-    if nobody and notebooks:
+    if nobody := sorted(set(common).difference(*(n.parameters for n in notebooks))):
         raise ValueError(f"{file}: no notebook has the parameters {nobody} of `common`")
     found = {}
     for notebook in notebooks:
@@ -161,46 +152,34 @@ def check_parameters(notebook, values, where=""):
         if name not in notebook.parameters:
             known = ", ".join(sorted(notebook.parameters))
             raise ValueError(f"{where}{notebook.stem} has no parameter {name!r}; it has: {known}")
-        default = notebook.parameters[name]
-        if not _fits(value, default):
+        default, types = notebook.parameters[name], {type(value), type(notebook.parameters[name])}
+        alike = len(types) == 1 or type(None) in types or types == {list, tuple}
+        if not alike and (type(value), type(default)) != (int, float):
             raise ValueError(
                 f"{where}{notebook.stem}: {name} = {value!r} is of type {type(value).__name__}, "
                 f"its default {default!r} is of type {type(default).__name__}"
             )
 
 
-def _fits(value, default):
-    if value is None or default is None or (isinstance(default, float) and type(value) is int):
-        return True
-    return type(value) is type(default) or (isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)))
-
-
 def prepare(source, folder, preset="tiny"):
-    """Copies of all notebooks in `folder` with the preset's parameters put in; their paths.
-
-    nbval runs notebooks as they are, so papermill writes the parameters into them beforehand.
-    """
-    found, folder = find(source), Path(folder)
+    """Write copies of all notebooks into `folder`, with the preset's parameters put in: nbval runs them as they are."""
+    found = find(source)
     values = preset_parameters(source, preset, found)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     for notebook in found:
-        papermill_run(notebook.path, folder / notebook.path.name, values[notebook.stem], prepare_only=True)
-    return [folder / n.path.name for n in found]
+        papermill_run(notebook.path, Path(folder, notebook.path.name), values[notebook.stem], prepare_only=True)
 
 
 # ------------------------------------------------------------------------------------ executed copies
 
 def marks(path):
     """What the executed notebook `path` says of its run, or {} where there is none."""
-    with contextlib.suppress(FileNotFoundError, ValueError, nbformat.reader.NotJSONError):
-        return dict(nbformat.read(path, as_version=4).metadata.get("vitlab", {}))
-    return {}
+    return dict(nbformat.read(path, as_version=4).metadata["vitlab"]) if path.exists() else {}
 
 
 def stamp(project, preset, notebook, parameters):
-    """The stamp that a run of `notebook` would get: code, parameters, and the rows of others that it reads."""
-    read = [n for n in sorted(project.source.glob("notebooks/[0-9][0-9]_*.ipynb")) if n.stem != notebook.stem
-            and ("*" in notebook.reads or n.stem in notebook.reads)]  # fmt: skip
+    """The stamp that a run of `notebook` would get: code, parameters, and the rows of others where it reads them."""
+    files = sorted(project.root.glob(f"results/{preset}/*/*.json")) if notebook.reads else ()
     rows = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()
-            for n in read for p in project.rows(preset, n.stem)}  # fmt: skip
+            for p in files if p.parent.name != notebook.stem}  # fmt: skip
     return stamps.stamp(notebook.code, parameters, rows)

@@ -203,23 +203,24 @@ def _mean(values, column):
 
 def claims_page(evidence):
     """CLAIMS.md: every claim with what was measured and its verdict."""
-    settled = []
-    for stem in evidence.preset:
-        found = evidence.special(stem, "claims")
-        for row in found.get("verdicts", ()):
-            old = verdicts.Verdict.from_row(row)
-            why = "; ".join(w for w in (old.reason, evidence.stale(stem, found)) if w)
-            # settled again, so that all are judged by the present rules
-            settled.append(verdicts.settle(old.claim, old.values, as_published=old.as_published, why=why))
-    known = {verdict.claim for verdict in settled}
-    settled += [verdicts.settle(c, None, as_published=False) for c in claims.load() if c.id not in known]
+    files = [(evidence.special(stem, "claims"), stem) for stem in evidence.preset]
+    settled = verdicts.settled((found, evidence.stale(stem, found)) for found, stem in files)
+    frame = verdicts.counts(settled).rename_axis(None)
+    frame.loc["all"] = frame.sum()
+    totals = markdown(["project", *frame], [[name, *row] for name, row in zip(frame.index, frame.to_numpy())])
     parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
-             f"five projects published, and what it came to here. {verdicts.summary(settled)}\n"]  # fmt: skip
+             f"five projects published, and what it came to here. {verdicts.summary(settled)} A figure and its change "
+             "from a baseline count once; facts found by running a project's own code (marked *fact*) do not count as "
+             f"its claims.\n\n{totals}"]  # fmt: skip
     for project, title in claims.PROJECTS.items():
         frame = verdicts.table(claims.select(project=project), settled)
-        lines = [[i, row.claimed, row.measured, row.verdict, row.note] for i, row in frame.iterrows()]
+        often = [note for note, n in frame.note.value_counts().items() if n > 2 and len(note) > 40]
+        frame["note"] = [f"note {often.index(n) + 1}" if n in often else n for n in frame.note]
+        lines = [[i if claims.get(i).source == "published" else f"{i} *(fact)*", row.claimed, row.measured, row.verdict,
+                  row.note] for i, row in frame.iterrows()]  # fmt: skip
         table = markdown(["claim", "claimed", "measured", "verdict", "note"], lines)
-        parts.append(f"## {title}\n\n{table}")
+        notes = "".join(f"{i}. {note}\n" for i, note in enumerate(often, 1))
+        parts.append(f"## {title}\n\n{table}" + (f"\nNotes:\n\n{notes}" if notes else ""))
     return "\n".join(parts)
 
 

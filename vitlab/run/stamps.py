@@ -25,6 +25,8 @@ PRESENTATION = {
     "vitlab.utils.provenance": "writes beside a number where it comes from",
     "vitlab.study.claims": "judges what was measured; `vitlab report` judges the same values again",
     "vitlab.study.verdicts": "as above",
+    "vitlab.study.noise": "as above",
+    "vitlab.study.scoreboard": "draws and sorts what stands in rows",
     "plots": "draws what stands in rows",
     "panel": "controls for a reader; an executed notebook never moves them",
 }

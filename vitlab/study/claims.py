@@ -40,7 +40,10 @@ class Claim:
     judged: str
     tolerance: float = 0.0  # relative to `scale`; of an accuracy: the seed noise of the one run that was published
     against: str = ""  # the project's model that a relative figure is relative to
+    beside: str = ""  # the project's model that an absolute figure was to be better (worse, no worse) than
     derived_from: tuple[str, ...] = ()  # two claims, of which this is the quotient or the change in %
+    own: str = ""  # two claims (and a factor) whose quotient the project's own figures give for this one
+    unrun: bool = False  # no run is behind the figure: a literal, a formula, a projection
     notebook: str
     source: str = "published"
     table: str = ""
@@ -119,7 +122,8 @@ def _claim(given, before):
     if not sources and "value" not in given:
         raise ValueError("it has no value")
     found = _derived(given, *(_known(s, before) for s in sources)) if sources else _printed(given)
-    given |= {"value": found["value"], "derived_from": sources, "tolerance": float(given.get("tolerance", 0))}
+    given |= {"value": found["value"], "derived_from": sources, "tolerance": float(given.get("tolerance", 0)),
+              "unrun": "unrun" in given}  # fmt: skip
     return Claim(**found | given)
 
 

@@ -4,22 +4,37 @@ import math
 from statistics import fmean, stdev
 
 from vitlab.metrics.measure import show
-from vitlab.metrics.statistics import t_interval
+from vitlab.metrics.statistics import t_below, t_quantile
 
-# standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is
-# counted, and a peak of allocated memory, repeats exactly
-NOISE = {"accuracy": 0.5, "speed": 0.02, "power": 0.02, "memory": 0.0, "structural": 0.0}
+# standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is counted,
+# and a peak of allocated memory, repeats exactly. Speed: the same models, measured for two notebooks on one machine,
+# differed by 13 to 20 %, as two runs with 12 % each do.
+NOISE = {"accuracy": 0.5, "speed": 0.12, "power": 0.02, "memory": 0.0, "structural": 0.0}
+PRIOR = 10  # as many degrees of freedom NOISE counts for beside those of the runs themselves
+
+
+def standard_error(values, noise):
+    """(standard error of the mean of runs, degrees of freedom): their own variance pooled with that of `noise`."""
+    own, freedom = len(values) - 1, PRIOR + len(values) - 1
+    variance = (PRIOR * noise**2 + own * (stdev(values) ** 2 if own else 0.0)) / freedom
+    return math.sqrt(variance / len(values)), freedom
 
 
 def interval(values, noise):
     """(mean, standard deviation or None, margin): half the 95 % interval of the mean of the `values` of runs.
 
-    Student's t over two runs or more; one run lies within 1.96 times its `noise`, in the values' unit.
+    `noise`, of one run in the values' unit, is what a single run is held to. More runs never widen that.
     """
-    if len(values) == 1:
-        return float(values[0]), None, 1.96 * noise
-    mean, margin = t_interval(values)
-    return mean, stdev(values), margin
+    error, freedom = standard_error(values, noise)
+    margin = min(t_quantile(0.975, freedom) * error, t_quantile(0.975, PRIOR) * noise)
+    return fmean(values), stdev(values) if len(values) > 1 else None, margin
+
+
+def p_value(values, noise):
+    """Two-sided p-value of the mean of runs being 0."""
+    error, freedom = standard_error(values, noise)
+    away = abs(fmean(values))
+    return 2 * (1 - t_below(away / error, freedom)) if error else float(away == 0)
 
 
 def sampling_error(accuracy, images):

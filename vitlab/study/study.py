@@ -23,7 +23,9 @@ from vitlab.data import datasets
 from vitlab.metrics.measure import accuracy, measure
 from vitlab.models import checkpoint
 from vitlab.study import plots, verdicts, zoo
+from vitlab.study.answers import answers, differences
 from vitlab.train.loop import History, cross_entropy, fit
+from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
 from vitlab.utils.files import described, digest, identity, locked, write_json
@@ -122,7 +124,7 @@ class Study:
                 tensorboard=self.root / "runs" / self.preset / f"{name.replace('/', '-')}-s{seed}",
             )  # fmt: skip
             about = {"key": key, "name": name, "seed": seed, "recipe": recipe, "dataset": data.name, "data": data.key,
-                     "start": start and start.key, "history": history.rows}  # fmt: skip
+                     "start": start and start.key, "history": history.rows, "trained_in": history.dtype}  # fmt: skip
             checkpoint.save(model, path, about | provenance(self.device))
             state.unlink(missing_ok=True)
             self._trained.add(key)
@@ -136,7 +138,7 @@ class Study:
         """The Arm in a checkpoint, as an arm of `spec`; what the file does not tell of its training is unknown."""
         about = checkpoint.read(path).about
         rows = about.get("history", [])
-        history = History(rows, resumed=len(rows))
+        history = History(rows, resumed=len(rows), dtype=about.get("trained_in"))
         name, key = name or spec.name, about.get("key") or digest(Path(path).read_bytes().hex())
         how = "comes with the project, in half precision" if Path(path).parent == DEMO else "trained before"
         self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {about.get('device', 'another machine')})")
@@ -193,18 +195,19 @@ class Study:
         self._write("conclusions", list(self.conclusions.values()))
         say(text)
 
-    def settle(self, claim, values, *, as_published, why=""):
+    def settle(self, claim, values, **options):
         """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
-        verdict = verdicts.settle(claim, values, as_published=as_published, why=why)
+        verdict = verdicts.settle(claim, values, **options)
         self.verdicts[verdict.claim] = verdict
         self._write("verdicts", [v.to_row() for v in self.verdicts.values()])
         return verdict
 
     def settle_rows(self, rows, selected):
-        """Settle the selected claims by what the rows (a DataFrame) answer, as `verdicts.answers` finds it."""
+        """Settle the selected claims by what the rows (a DataFrame) answer, as `answers` finds it."""
         for claim in selected:
-            values, as_published, why = verdicts.answers(claim, rows)
-            self.settle(claim, values, as_published=as_published, why=why)
+            values, as_published, why = answers(claim, rows)
+            self.settle(claim, values, as_published=as_published, why=why,
+                        differences=differences(claim, rows))  # fmt: skip
 
     def _write(self, what, rows):
         write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
@@ -226,11 +229,10 @@ def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epo
     what objective and hooks say of themselves (see `described`). How fast it ran, compiled or in which precision,
     is not part of it.
     """
-    known = {k: v for k, v in identity(recipe).items() if k not in ("compile", "dtype")}
     method = {"start": start and start.key, "on_epoch": [described(hook) for hook in on_epoch],
               "objective": None if objective is cross_entropy else described(objective)}  # fmt: skip
     method = {k: v for k, v in method.items() if v}
-    return digest([type(config).__name__, identity(config), known, data, method or ""])
+    return digest([type(config).__name__, identity(config), told_apart(recipe), data, method or ""])
 
 
 def _shipped(key):

@@ -4,40 +4,34 @@ The rule. A claim is a band, `value ± slack`: half a unit of its last printed d
 is wider (a published accuracy was one run; its tolerance stands for that run's seed noise). A measurement is
 an interval, `mean ± margin` (see `noise.interval`).
 
-    interval inside the band               confirmed
+    mean inside the band                   confirmed
+    mean outside, the interval reaches it  within noise: these runs cannot tell
     interval and band apart                exceeded on the better side, else refuted
-    they overlap                           within noise: these runs cannot tell
 
-Only like is judged with like: structural claims always (build the published model and count it), everything
-else only if `as_published`, and absolute times, memories and powers never, as their hardware is unknown; the
-quotients of those are. What is not judged is still shown, as "not comparable".
+Only like is judged with like: structural claims always (build the published model and count it), all others
+only if `as_published`. A scaled replication of three seeds or more tells the direction of a difference or of an
+ordering (`direction agrees`, `opposes`, `unclear`); what has its own figures, or no run, against it is told without
+any measurement; absolute times, memories and powers are not testable here, as their hardware is unknown.
 """
 
 import json
 import math
 import numbers
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
-from vitlab.models.checkpoint import as_dataclass
-from vitlab.study.claims import get, quantity
-from vitlab.study.noise import NOISE, interval
+from vitlab.metrics.statistics import holm
+from vitlab.study import zoo
+from vitlab.study.claims import get, load, quantity
+from vitlab.study.noise import NOISE, interval, p_value
 
-JUDGED = ("confirmed", "refuted", "within noise", "exceeded")
-STATUSES = (*JUDGED, "not comparable", "pending")
-# metric -> the column of a row that answers it; of what is relative, the column that is compared
-COLUMNS = {
-    "accuracy": "accuracy_top1", "masked-accuracy": "accuracy_top1", "cifar100-accuracy": "accuracy_top1",
-    "tiny-imagenet-accuracy": "accuracy_top1", "accuracy-drop": "accuracy_top1", "parameters": "params",
-    "macs": "macs", "true-macs": "macs", "size": "size_mb", "input-tokens": "tokens", "latency": "latency_ms",
-    "throughput": "images_per_s", "memory": "peak_mb", "power": "power_w", "training-time": "train_s",
-    "evaluation-time": "test_s", "speed-up": "images_per_s", "own-speed-up": "images_per_s",
-    "training-speed-up": "training_images_per_s",
-}  # fmt: skip
-RAW = ("params", "macs", "train_s", "test_s")  # columns of counts and seconds
-TEST_IMAGES = 10_000  # what an evaluation time is of
+DIRECTIONS = ("direction agrees", "direction opposes", "direction unclear")
+CONTRADICTED, NO_RUN = "contradicted by its own data", "no run behind it"
+JUDGED = ("confirmed", "exceeded", "within noise", "refuted", *DIRECTIONS, CONTRADICTED, NO_RUN)
+STATUSES = (*JUDGED, "not testable here", "pending")
+SEEDS = 3  # from so many on a scaled replication tells a direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +44,11 @@ class Verdict:
     mean: float | None = None
     std: float | None = None  # of the sample (n - 1)
     margin: float | None = None  # half the interval around the mean
+    differences: tuple = ()  # to the model that the claim's is set beside, one a seed
+    p: float | None = None  # of the direction: of there being no difference
     as_published: bool = False
-    reason: str = ""
+    why: str = ""  # what is not as published, as it was given
+    reason: str = ""  # all there is to say of the status
 
     def __post_init__(self):
         if self.status not in STATUSES:
@@ -61,46 +58,9 @@ class Verdict:
         """The verdict as a dictionary that JSON can hold."""
         return json.loads(json.dumps(asdict(self)))
 
-    @staticmethod
-    def from_row(row):
-        """The verdict that `to_row` wrote; missing or unknown keys: ValueError."""
-        return as_dataclass(Verdict, {k: _frozen(v) for k, v in row.items()})
-
 
 def _frozen(value):
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def answers(claim, rows):
-    """(values, as_published, why): what measured rows (a DataFrame) answer to a claim, one value a seed, in its unit.
-
-    The rows of the arm "project/model" answer (of a scaled-down stand-in, "project/model-small"), by the column of
-    the metric; what is relative, with the row of the same seed of the model it is `against`. To a claim that is
-    always judged, only models of the published shape answer. values is [] where nothing does.
-    """
-    column = COLUMNS.get(claim.metric.removesuffix("-change"))
-    if "images_per_s" in rows:
-        rows = rows.assign(test_s=TEST_IMAGES / rows.images_per_s)
-    rows = rows[rows[column].notna()] if column in rows else rows.head(0)
-    if claim.judged == "always":
-        rows = rows[rows.as_published.astype(bool)]
-    on = " on tiny-imagenet" if claim.metric == "tiny-imagenet-accuracy" else ""
-
-    def of(model):
-        return rows[rows.arm.str.replace("-small", "") == f"{claim.project}/{model}{on}"].set_index("seed")
-
-    mine = of(claim.model)
-    if claim.against:
-        mine = mine[mine.index.isin(of(claim.against).index)]
-    if not len(mine):
-        return [], False, "not measured in this run"
-    values = mine[column].astype(float)
-    if claim.against:
-        base = of(claim.against)[column].astype(float).reindex(values.index)
-        values = {"%": 100 * (values / base - 1), "x": values / base, "points": base - values}[claim.unit]
-    elif column in RAW:
-        values = values.map(claim.in_unit)
-    return values.tolist(), bool(mine.as_published.all()), mine.changes.iloc[0]
 
 
 def _finite(claim, value):
@@ -127,7 +87,7 @@ def _measured(claim, values):
 def _compare(claim, mean, margin):
     away = mean - claim.value
     slack = claim.slack + 1e-9 * abs(claim.value)  # a figure exactly at the edge of rounding counts as inside
-    if abs(away) + margin <= slack:
+    if abs(away) <= slack:
         return "confirmed"
     if abs(away) - margin <= slack:
         return "within noise"
@@ -135,33 +95,136 @@ def _compare(claim, mean, margin):
     return "exceeded" if better else "refuted"
 
 
-def settle(claim, values, *, as_published, why=""):
+def _noise(claim):
+    """Standard deviation of one run's figure in the claim's unit; what is relative has that of two runs."""
+    noise = NOISE[claim.kind]
+    if claim.kind != "accuracy":
+        noise *= claim.scale
+    elif claim.unit == "%" and claim.derived_from:  # points, as a share of the baseline's
+        noise *= 100 / get(claim.derived_from[1]).value
+    return noise * (math.sqrt(2) if claim.against else 1.0)
+
+
+def _direction(claim, values, apart):
+    """(status, words, p) of a scaled replication, or (None, words, None) where it tells none.
+
+    A difference that was claimed to be none agrees if its whole interval is within the claim's tolerance.
+    """
+    if isinstance(claim.value, bool) and len(values) >= SEEDS:
+        return DIRECTIONS[0 if all(values) else 1 if not any(values) else 2], "", None
+    none = 1.0 if claim.unit == "x" else 0.0  # the value of a relative figure that says "no difference"
+    if claim.against and claim.kind != "structural":
+        found, claimed, noise = [v - none for v in values], claim.value - none, _noise(claim)
+    elif claim.beside:
+        found, claimed = apart, claim.value - get(f"{claim.project}/{claim.beside}/{claim.metric}").value
+        noise = _noise(claim) * math.sqrt(2)
+    else:
+        return None, "", None
+    if len(found) < SEEDS:
+        return None, f"a direction takes {SEEDS} seeds" if found else "", None
+    mean, _, margin = interval(found, noise)
+    unit = "points" if claim.beside else claim.unit
+    words = f"scaled down, {mean + none:+.2f} ± {margin:.2f} {unit} (95 %, n = {len(found)})"
+    if abs(claimed) <= claim.rounding:
+        agrees, opposes = abs(mean) + margin <= claim.slack, abs(mean) > margin
+    else:
+        agrees, opposes = (mean * math.copysign(1, claimed * sign) > margin for sign in (1, -1))
+    return DIRECTIONS[0 if agrees else 1 if opposes else 2], words, p_value(found, noise)
+
+
+def _own(claim):
+    """(whether the project's own figures contradict the claim, what they give in words)."""
+    if not claim.own:
+        return False, ""
+    above, below, *factor = claim.own.split()
+    above, below, factor = get(above), get(below), float(factor[0]) if factor else 1.0
+    value = factor * above.value / below.value
+    error = value * (above.rounding / above.value + below.rounding / below.value)
+    apart = abs(value - claim.value) > error + claim.slack
+    words = f"its own figures, {above.text} and {below.text}, give {quantity(value, claim.unit, 2)}"
+    if claim.metric == "speed-up":
+        limit = mac_limit(get(f"{claim.project}/alpha-{claim.model.rpartition('-')[2]}/tokens").value)
+        apart |= claim.value - claim.slack > limit
+        words += f", and by its operations it could be {limit:.2f}x at most"
+    return apart, words
+
+
+def mac_limit(tokens, name="S3/baseline"):
+    """Operations of a model's blocks on all tokens over those on `tokens`, what each block passes on.
+
+    The last block's own cut comes after it and saves nothing.
+    """
+    config = zoo.get(name).config
+    seen = [get(f"{name}/input-tokens").value, *tokens[:-1]]
+    cost = [n * config.dim * (4 * config.dim + 2 * config.mlp_dim) + 2 * n * n * config.dim for n in seen]
+    return len(cost) * cost[0] / sum(cost)
+
+
+def settle(claim, values, *, as_published, why="", differences=()):
     """The `Verdict` of measured `values`, one a seed, on a claim (or the id of one).
 
     `values` are in the claim's unit (see `Claim.in_unit`): numbers, lists of tokens, words such as "O(n)", or
-    booleans for a statement; one alone may stand without its list. None or nothing at all: pending.
-    `as_published` says that everything the figure depends on (model, input size, data; for an accuracy also
-    the epochs) is as the project published it; `why` says what is not. Structural claims are judged either
-    way, so their values must come from the published model, whatever size was trained.
-    Raises ValueError for values that are not finite or not of the claim's type.
+    booleans for a statement; one alone may stand without its list. None or nothing at all: what can be said
+    without, else pending. `as_published` says that everything the figure depends on (model, input size, data; for
+    an accuracy also the epochs) is as the project published it; `why` says what is not. Structural claims are judged
+    either way, so their values must come from the published model, whatever size was trained. `differences`: see
+    the function of that name. Raises ValueError for values that are not finite or not of the claim's type.
     """
     claim = get(claim) if isinstance(claim, str) else claim
-    values, found = _measured(claim, values), {}
+    values, found, p = _measured(claim, values), {}, None
     if values and claim.numeric:
-        noise = NOISE[claim.kind] * (1.0 if claim.kind == "accuracy" else claim.scale)
-        found = dict(zip(("mean", "std", "margin"), interval(values, noise)))
-    if not values:
-        status = "pending"
-    elif claim.judged == "never":
-        status, why = "not comparable", why or "the hardware behind the published figure is not known"
-    elif claim.judged == "as published" and not as_published:
-        status, why = "not comparable", why or "not measured at the published scale"
-    elif claim.numeric:
+        found = dict(zip(("mean", "std", "margin"), interval(values, _noise(claim))))
+    given, (contradicted, own) = why, _own(claim)
+    like = claim.judged == "always" or (claim.judged == "as published" and as_published)
+    towards, words, p = (None, "", None) if like else _direction(claim, values, differences)
+    if contradicted:
+        status = CONTRADICTED
+    elif values and like and claim.numeric:
         status = _compare(claim, found["mean"], found["margin"])
-    else:
+        if claim.kind == "accuracy" and claim.better == "equal" and status == "refuted" and found["mean"] > claim.value:
+            why = "; ".join(w for w in (why, "a better baseline leaves less of what is claimed over it") if w)
+    elif values and like:
         agreed = [str(v).replace(" ", "") == str(claim.value).replace(" ", "") for v in values]
         status = "confirmed" if all(agreed) else "within noise" if any(agreed) else "refuted"
-    return Verdict(claim=claim.id, status=status, values=values, as_published=as_published, reason=why, **found)
+    elif claim.unrun:
+        status, words = NO_RUN, f"{towards}: {words}" if towards else words
+    elif claim.judged == "never":
+        status, why = "not testable here", "the hardware behind the published figure is not known"
+    else:
+        status = towards or "pending"
+        why = why or ("not measured at the published scale" if values else "")
+    p = p if status in DIRECTIONS else None
+    reason = "; ".join(part for part in (own, words, why) if part)
+    return Verdict(claim=claim.id, status=status, values=values, as_published=as_published, why=given,
+                   reason=reason, p=p, differences=tuple(float(d) for d in differences), **found)  # fmt: skip
+
+
+def settled(files):
+    """The verdicts by the present rules on all claims: of each (content of a claims.json, note), and of what none has.
+
+    The directions found for a project are one family: what Holm's correction does not leave clear is unclear.
+    """
+    found = []
+    for content, note in files:
+        for row in content.get("verdicts", ()):
+            old = {k: _frozen(row.get(k, ())) for k in ("values", "differences")}
+            why = "; ".join(w for w in (row.get("why", row.get("reason", "")), note) if w)
+            found.append(settle(row["claim"], old["values"], as_published=row["as_published"], why=why,
+                                differences=old["differences"]))  # fmt: skip
+    known = {verdict.claim for verdict in found}
+    return controlled([*found, *(settle(c, None, as_published=False) for c in load() if c.id not in known)])
+
+
+def controlled(verdicts):
+    """The verdicts with the directions of each project corrected for their number (Holm)."""
+    verdicts = list(verdicts)
+    for project in sorted({v.claim[:2] for v in verdicts}):
+        family = [i for i, v in enumerate(verdicts) if v.claim[:2] == project and v.p is not None]
+        for i, p in zip(family, holm([verdicts[i].p for i in family])):
+            if p > 0.05 and verdicts[i].status in DIRECTIONS[:2]:
+                reason = f"{verdicts[i].reason}; not clear among {len(family)} comparisons (Holm)"
+                verdicts[i] = replace(verdicts[i], status=DIRECTIONS[2], reason=reason)
+    return verdicts
 
 
 def _measured_text(claim, verdict):
@@ -194,12 +257,32 @@ def table(claims, verdicts=()):
     return pd.DataFrame(rows, columns=["claim", "claimed", "measured", "verdict", "note"]).set_index("claim")
 
 
+def counted(verdicts):
+    """The verdicts that count: on what was published (not on facts found since), and on no figure twice.
+
+    Of a figure and its change from a baseline, the first counts, unless only the second is judged.
+    """
+    verdicts = [v for v in verdicts if get(v.claim).source == "published"]
+    judged, there, twice = {v.claim for v in verdicts if v.status in JUDGED}, {v.claim for v in verdicts}, set()
+    for claim in (get(v.claim) for v in verdicts):
+        for source in {s for s in claim.derived_from if s.startswith(f"{claim.project}/{claim.model}/")} & there:
+            twice.add(source if claim.id in judged and source not in judged else claim.id)
+    return [v for v in verdicts if v.claim not in twice]
+
+
 def summary(verdicts):
     """One sentence of counts, such as "3 of 5 claims judged: 2 confirmed, 1 refuted; 2 pending."."""
-    counts = Counter(v.status for v in verdicts)
+    counts = Counter(v.status for v in counted(verdicts))
     total, judged = counts.total(), sum(counts[s] for s in JUDGED)
     if not total:
         return "No claims."
     said = [", ".join(f"{counts[s]} {s}" for s in STATUSES if counts[s] and (s in JUDGED) == yes) for yes in (1, 0)]
     sentence = f"{judged} of {total} claim{'s' if total != 1 else ''} judged{': ' if said[0] else ''}{said[0]}"
     return sentence + (f"; {said[1]}." if said[1] else ".")
+
+
+def counts(verdicts):
+    """A DataFrame of how many claims of each project (rows) have each status (columns that occur)."""
+    frame = pd.DataFrame([(v.claim[:2], v.status) for v in counted(verdicts)], columns=["project", "status"])
+    frame = pd.crosstab(frame.project, frame.status)
+    return frame[[status for status in STATUSES if status in frame]]

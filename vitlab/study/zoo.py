@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vitlab.models.checkpoint import Wrapper
 from vitlab.models.favit import VARIANTS
 from vitlab.models.vit import ViTConfig
-from vitlab.train.recipe import Recipe
+from vitlab.train.recipe import EXECUTION, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,21 @@ SPECS = {
 OTHERS = {
     spec.name: spec
     for spec in (
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/dense-6",
+            title="dense, of Sparse-ViT's depth",
+            config=dataclasses.replace(SPECS["S0/dense"].config, depth=6, heads=6),
+        ),
+        dataclasses.replace(
+            SPECS["S0/dense"],
+            name="S0/sparse",
+            title="Sparse-ViT as described",
+            config=dataclasses.replace(
+                SPECS["S0/dense"].config, depth=6, heads=6, attention="topk",
+                attention_args={"k": 32, "score": "learned", "gate": "l1"},
+            ),
+        ),
         Spec(
             name="S1/B1",
             title="FaViT-B1",
@@ -171,6 +186,6 @@ def _differences(spec, made):
         for field in dataclasses.fields(old):
             was, now = getattr(old, field.name), getattr(new, field.name)
             # how fast and in what order it ran is not what was published
-            if was != now and field.name not in ("compile", "dtype", "seed", "num_classes"):
+            if was != now and field.name not in (*EXECUTION, "seed", "num_classes"):
                 found.append(f"{field.name} {now} instead of {was}")
     return tuple(found)

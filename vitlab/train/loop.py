@@ -18,8 +18,9 @@ from torch import nn
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
+from vitlab.train.precision import faster_dtype
 from vitlab.train.progress import line, progress_bar, tensorboard_writer
-from vitlab.train.recipe import Recipe
+from vitlab.train.recipe import DTYPES, Recipe
 from vitlab.train.resume import TrainingState, carry_state
 from vitlab.utils import rng
 from vitlab.utils.device import autocast
@@ -49,10 +50,11 @@ class Batch:
 @dataclass
 class History:
     """One row an epoch: epoch (from 1), loss, accuracy (train, %), val_loss, val_accuracy (%), lr,
-    images_per_s, seconds, and whatever the objective logs."""
+    images_per_s, seconds, and whatever the objective logs. dtype: the precision it was trained in."""
 
     rows: list = field(default_factory=list)
     resumed: int = 0
+    dtype: str | None = None
 
     @property
     def seconds(self):
@@ -110,6 +112,11 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     state = TrainingState(checkpoint, recipe, run, on_epoch)
     history.rows = state.load()
     history.resumed = len(history)
+    if recipe.dtype == "auto" and device.type == "cpu":
+        # a run goes on in the precision it began in, whatever the clock would say now
+        chosen = DTYPES.get(state.dtype)
+        run.dtype = chosen or faster_dtype(model, batch=recipe.batch, image_size=data.image_size, log=log)
+    history.dtype = state.dtype = str(run.dtype).removeprefix("torch.")
     writer = tensorboard_writer(tensorboard, history.resumed, log)
     last_save = time.monotonic()
     for epoch in range(len(history), recipe.epochs):

@@ -1,14 +1,17 @@
 """How to train, as plain data: optimiser, schedule, regularisation, precision."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from vitlab.data.augment import Augment
+from vitlab.utils.files import LATER, identity
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+EXECUTION = ("compile", "dtype")  # how a run is executed, not what it computes
+HEADS = {"head", "head_dist", "fc"}  # modules that give class scores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -17,11 +20,14 @@ class Recipe:
     """A training recipe. Two arms with equal recipes differ in nothing but their model and data.
 
     epochs, batch (images a step; the last, smaller batch of an epoch is left out), optimizer "adamw" | "adam" |
-    "sgd" (Nesterov), lr (peak), weight_decay (decoupled for AdamW; never on biases, norms, tokens and
-    positions), warmup (epochs, linear), schedule "cosine" (to min_lr) | "constant",
+    "sgd" (Nesterov) | "muon" (Jordan et al. 2024, Nesterov, for the hidden matrices and convolutions; NAdamW for the
+    rest: input layer, heads, norms, depthwise convolutions, tokens), lr (peak), rest_lr (Muon only: peak of its
+    "rest", which follows the same schedule), weight_decay (decoupled for AdamW and Muon; never on biases, norms,
+    tokens and positions), warmup (epochs, linear), schedule "cosine" (to min_lr) | "constant",
     smoothing (of labels), mixup and cutmix (Beta parameters, 0 = off), mix_off (last epochs without mixing),
     augment (spec of `vitlab.data.augment.Augment`), clip (gradient norm), ema (decay of the averaged weights),
-    dtype "auto" (bfloat16 autocast on CUDA, else float32) | "float32" | "bfloat16",
+    dtype "auto" (bfloat16 autocast on CUDA, and for training on a CPU where that is timed to be faster; else float32)
+    | "float32" | "bfloat16",
     compile "auto" (on CUDA) | "on" | "off".
     """
 
@@ -29,6 +35,7 @@ class Recipe:
     batch: int = 128
     optimizer: str = "adamw"
     lr: float = 1e-3
+    rest_lr: float | None = field(default=None, metadata=LATER)
     weight_decay: float = 0.05
     betas: tuple = (0.9, 0.999)
     momentum: float = 0.9
@@ -60,6 +67,13 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
+        if (self.optimizer == "muon") != (self.rest_lr is not None):
+            raise ValueError(f"rest_lr={self.rest_lr}, optimizer={self.optimizer!r}: muon needs one, others have none")
+        if self.optimizer == "muon" and not (self.lr > 0 and 0 < self.rest_lr < math.inf and 0 <= self.momentum < 1):
+            raise ValueError(
+                f"lr={self.lr}, rest_lr={self.rest_lr}, momentum={self.momentum}: muon needs rates above 0 and a "
+                f"momentum in [0, 1)"
+            )
         Augment(self.augment)  # a spec that cannot be read is refused here, not an hour later
         for name in ("smoothing", "ema"):
             value = getattr(self, name) or 0
@@ -79,7 +93,7 @@ class Recipe:
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
     def torch_dtype(self, device):
-        """The autocast precision on `device`."""
+        """The autocast precision on `device`, of a measured row too; for "auto" on a CPU, `fit` times its own."""
         if self.dtype == "auto":
             return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return DTYPES[self.dtype]
@@ -93,10 +107,14 @@ class Recipe:
         named = [*model.named_parameters()]
         if isinstance(objective, nn.Module):
             named += [(f"objective.{n}", p) for n, p in objective.named_parameters()]
-        decayed, free = [], []
-        for name, parameter in named:
-            if parameter.requires_grad:
-                (free if is_undecayed(name, parameter) else decayed).append(parameter)
+        first = next((name for name, p in named if not is_undecayed(name, p)), None)
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        free = [p for name, p in named if is_undecayed(name, p)]
+        decayed = [(name, p) for name, p in named if not is_undecayed(name, p)]
+        if self.optimizer == "muon":
+            outer = [p for name, p in decayed if name == first or not HEADS.isdisjoint(name.split("."))]
+            return self._muon([p for _, p in decayed], outer, free)
+        decayed = [p for _, p in decayed]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
         if not groups:
@@ -105,6 +123,28 @@ class Recipe:
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, betas=self.betas, fused=torch.device(device).type in ("cuda", "cpu"))
+
+    def _muon(self, decayed, outer, free):
+        from timm.optim import Muon
+
+        # of these, timm leaves to NAdamW what is no matrix: depthwise convolutions, fewer than 4 rows or columns
+        hidden = [p for p in decayed if not any(p is o for o in outer)]
+        if not hidden:
+            raise ValueError("optimizer='muon': the model has no hidden matrix that wants a gradient")
+        groups = [
+            {"params": hidden, "weight_decay": self.weight_decay},
+            {"params": outer, "weight_decay": self.weight_decay, "use_fallback": True},
+            {"params": free, "weight_decay": 0.0, "use_fallback": True},
+        ]
+        return Muon(
+            [g for g in groups if g["params"]], lr=self.lr, momentum=self.momentum, nesterov=True, betas=self.betas,
+            fallback_lr_scale=self.rest_lr / self.lr,
+        )  # fmt: skip
+
+
+def told_apart(recipe):
+    """What of a recipe tells runs apart, as plain data: all but how they are executed."""
+    return {k: v for k, v in identity(recipe).items() if k not in EXECUTION}
 
 
 def is_undecayed(name, parameter):

@@ -8,14 +8,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
-from vitlab.utils.files import atomic, digest, plain
+from vitlab.utils.files import atomic, digest
 
 FORMAT = "vitlab-training-1"
 
 
 class TrainingState:
-    """Saves and restores weights, optimiser, averaged weights, objective, hooks, generators and history.
+    """Saves and restores weights, optimiser, averaged weights, objective, hooks, generators, history and `dtype`
+    (the precision the run is executed in; None as long as none was loaded or set).
 
     A path of None keeps nothing. The recipe and the names and shapes of all tensors must be those of the
     saved run, else ValueError: another run's state is never taken up by mistake.
@@ -27,8 +29,8 @@ class TrainingState:
         self.objective = run.objective if isinstance(run.objective, nn.Module) else None
         shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         # how a run is executed may change between its parts; what is computed may not
-        steps = {k: v for k, v in plain(recipe).items() if k not in ("compile", "dtype")}
-        self.identity = digest({"recipe": steps, "shapes": shapes})
+        self.identity = digest({"recipe": told_apart(recipe), "shapes": shapes})
+        self.dtype = None
 
     def tensors(self):
         found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -45,7 +47,8 @@ class TrainingState:
         if self.path is None:
             return
         hooks = [hook.state_dict() if hasattr(hook, "state_dict") else None for hook in self.hooks]
-        meta = {"format": FORMAT, "identity": self.identity, "history": json.dumps(history), "hooks": json.dumps(hooks)}
+        meta = {"format": FORMAT, "identity": self.identity, "history": json.dumps(history), "hooks": json.dumps(hooks),
+                "dtype": self.dtype or ""}  # fmt: skip
         # clones: tied or viewed tensors share storage, which safetensors refuses
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in self.tensors().items()}
         with atomic(self.path) as part:
@@ -82,6 +85,7 @@ class TrainingState:
         self._load_optimizer(groups.get("optimizer", {}))
         self.run.begun = groups.get("begun", {})
         rng.restore(groups["rng"])
+        self.dtype = meta.get("dtype") or None
         return json.loads(meta["history"])
 
     def _load_optimizer(self, tensors):

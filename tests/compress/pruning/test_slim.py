@@ -32,7 +32,9 @@ def test_heads_filled_up_to_one_width_equal_heads_one_by_one(heads, padded):
     whole = shape_of(ViT(ViTConfig(image_size=8, dim=32, depth=1, heads=2)))
     block = dataclasses.replace(whole.shapes[0], heads=heads)
     config = dataclasses.replace(whole, blocks=(block,))
-    assert config.padded(block) == padded and dataclasses.replace(config, qk_norm=True).padded(block) == 0
+    own = sum(qk + v for qk, v in block.each_head if qk)
+    assert block.padded == padded and config.products(block) == (2 * padded * len(block.each_head) or own)
+    assert dataclasses.replace(config, qk_norm=True).products(block) == own
     torch.manual_seed(0)
     attention = config.build().blocks[0].attn.double().eval()
     x = torch.randn(2, 5, config.dim, dtype=torch.float64)

@@ -164,7 +164,12 @@ class L1(nn.Module):
         """All that tells this objective from another, as plain data to make keys of."""
         return {"weight": self.weight, "base": described(self.base)}
 
+    @staticmethod
+    def penalty(model):
+        """What is penalised (0-d)."""
+        return model.penalty()
+
     def forward(self, model, batch):
         loss, logs = self.base(model, batch)
-        penalty = model.penalty()
+        penalty = self.penalty(model)
         return loss + self.weight * penalty, {**logs, "l1": penalty.detach()}

@@ -5,7 +5,7 @@
 is, in steps,
 
     scores = score(model, "taylor", data=calibration(data))
-    masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs())
+    masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs(), uniform=True)
     small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
 
 or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`.
@@ -18,7 +18,7 @@ import torch
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import GatedViT
-from vitlab.compress.pruning.shape import kept, narrow, prunable
+from vitlab.compress.pruning.shape import head_index, kept, narrow, prunable
 from vitlab.data.datasets import Dataset
 
 
@@ -55,12 +55,12 @@ def slim(model, masks=None, norm="all"):
     state = core.state_dict() | gated.folded()
     config = narrow(core.config, values, norm)
     small = config.build().to(next(core.parameters()).device, next(core.parameters()).dtype)
-    small.load_state_dict(_sliced(state, core.config, values))
+    small.load_state_dict(sliced(state, core.config, values))
     return small.train(model.training)
 
 
-def _sliced(state, config, masks):
-    """The rows and columns of the weights that are left under `masks`."""
+def sliced(state, config, masks):
+    """The rows and columns that are left under `masks` of weights {name: tensor}, "norm.weight" among them."""
     blocks, embed = kept(config, masks)
     embed = embed.to(state["norm.weight"].device)
     new = {}
@@ -91,6 +91,7 @@ def _block(state, block, heads, hidden, embed):
         "norm1.weight": lambda w: w[embed], "norm1.bias": lambda w: w[embed],
         "attn.qkv.weight": lambda w: w[rows][:, embed], "attn.qkv.bias": lambda w: w[rows],
         "attn.proj.weight": lambda w: w[embed][:, v], "attn.proj.bias": lambda w: w[embed],
+        "attn.rank": lambda w: w[qk], "attn.gate": lambda w: w[head_index(block, "v").to(device)[v].unique()],
         "ls1.gamma": lambda w: w[embed], "ls2.gamma": lambda w: w[embed],
         "norm2.weight": lambda w: w[embed], "norm2.bias": lambda w: w[embed],
         "mlp.fc1.weight": lambda w: w[hidden][:, embed], "mlp.fc1.bias": lambda w: w[hidden],
@@ -103,16 +104,20 @@ def _block(state, block, heads, hidden, embed):
     return {k: w for k, w in new.items() if k.rpartition(".")[0] not in gone}
 
 
-def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all", **budget):
+def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all",
+          uniform=True, **budget):  # fmt: skip
     """The plain, smaller ViT that is left of a model within a budget: scored, selected and cut in one call.
 
     model: a ViT of ours or timm's, or a GatedViT. data: a Dataset, of which `images` of the training split are drawn
     from `seed`, or [(images, labels), ...] as the model takes them; "magnitude", "geometric-median", "random" and
     "gates" need none. criterion, kinds: as in `score`; norm: as in `slim`; budget: one of ratio=, macs=, latency=, and
-    further options of `select`. Raises ValueError for a model that cannot be pruned and a budget that cannot be met.
+    further options of `select`. uniform: the heads of a block get one width; False: each its own, which keeps better
+    units and is slower. Raises ValueError for a model that cannot be pruned, a budget that cannot be met, or that the
+    model meets as it is.
     """
     shape = shape_of(model)
     if isinstance(data, Dataset):
         data = calibration(data, images, seed=seed, size=shape.image_size)
-    masks = select(shape, score(model, criterion, kinds=kinds, data=data, seed=seed), **budget)
+    scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
+    masks = select(shape, scores, uniform=uniform, **budget)
     return slim(model, masks, norm)

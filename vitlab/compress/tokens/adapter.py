@@ -1,8 +1,6 @@
 """A ViT in the pieces that token reduction runs one by one: the halves of its blocks, and its head."""
 
-import torch.nn.functional as F
-
-from vitlab.models.attention import Attention
+from vitlab.models.attention import Attention, attend
 from vitlab.models.timm import as_vit
 
 
@@ -36,7 +34,7 @@ class Adapter:
         attn = block.attn
         mask = None if bias is None else bias.to(query.dtype)
         rate = attn.dropout if block.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, scale=attn.scale)
+        mixed = attend(query, key, value, mask=mask, dropout=rate, scale=attn.scale)
         return block.attended(attn.project(attn.joined(mixed.transpose(1, 2))))
 
     @staticmethod
