@@ -40,13 +40,11 @@ class SlopeSchedule:
     """
 
     def __init__(self, r_max=0.6, start=1, step=0.1, window=3, rise=0.2, fall=-0.2):
-        if not 0 < step <= 1 or not 0 <= r_max < 1 or window < 2 or fall > rise:
-            raise ValueError(
-                f"r_max={r_max}, step={step}, window={window}, rise={rise}, fall={fall}: r_max in [0, 1), step "
-                "in (0, 1], at least 2 epochs and fall <= rise are needed"
-            )
         self.settings = {"r_max": r_max, "start": start, "step": step, "window": window, "rise": rise, "fall": fall}
         self.now = 0.0
+        if not 0 < step <= 1 or not 0 <= r_max < 1 or window < 2 or fall > rise:
+            allowed = "r_max in [0, 1), step in (0, 1], window of at least 2 epochs and fall <= rise"
+            raise ValueError(f"{self.settings}: {allowed} are needed")
 
     def __call__(self, epoch, model, history):
         has = self.settings

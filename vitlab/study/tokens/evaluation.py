@@ -144,13 +144,11 @@ def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **opti
     base = {"action": "ward"} | options | {"alpha": alpha, "protect": (0,)}
     levels = [TokenConfig(r_max=r, **base) for r in strengths]
     costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
-    blank = AdaptiveViT(model, levels, [0.0] * (len(levels) - 1)).eval()
+    by_entropy, learnt = (AdaptiveViT(model, levels, [0.0] * (len(levels) - 1)).eval() for _ in range(2))
     with torch.no_grad():
-        sharpness = torch.cat([blank.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
-    cuts = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
-    by_entropy, learnt = (AdaptiveViT(model, levels, cuts).eval() for _ in range(2))
-    share = sum(learnt.shares) / len(levels)
-    fit_controller(learnt, fitting.images, fitting.labels, share=share)
+        sharpness = torch.cat([by_entropy.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
+    by_entropy.thresholds = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
+    fit_controller(learnt, fitting.images, fitting.labels, sum(learnt.shares) / len(levels))
     rows = []
     for name, chooser in {"by entropy": by_entropy, "by a controller": learnt}.items():
         evaluator.run(chooser)
