@@ -16,13 +16,13 @@ class TokenLatency:
     timings. Operations do not tell this: joining tokens takes time and hardly any operations, and kernels like some
     numbers of tokens better than others.
 
-    options: as in `reduce_tokens` (action, score, ...), without counts. dtype: of autocast. seconds: of each
+    config and options: as in `reduce_tokens` (action, score, ...), without counts. dtype: of autocast. seconds: of each
     timing. timer: f(callable without argument) -> ms, instead of this machine's clock.
     `timed` holds what was measured: {(tokens before, tokens after, kind of block): ms}.
     """
 
-    def __init__(self, model, images, *, dtype=None, seconds=0.04, timer=None, **options):
-        self.config = TokenConfig(**options)
+    def __init__(self, model, images, config=None, *, dtype=None, seconds=0.04, timer=None, **options):
+        self.config = dataclasses.replace(config or TokenConfig(), **options, counts=None)
         self.parts = reduce_tokens(model, self.config, r_max=0.0).adapter
         self.images, self.dtype, self.timed = images, dtype, {}
         clock = {"device": images.device, "dtype": dtype, "seconds": seconds, "warmup": 1, "min_runs": 5}
