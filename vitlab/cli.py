@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 USAGE_CODE = 2
-DEVICE = {"default": "auto", "help": "auto, cpu or cuda"}
-SKIP = {"action": "store_true", "help": "leave out images that cannot be read"}
+DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda"), "help": "default: cuda where there is one"}
+SKIP = {"dest": "on_error", "action": "store_const", "const": "skip", "default": "raise",
+        "help": "leave out images that cannot be read"}
 
 RUN_HELP = """\
 Run the notebooks and keep their executed copies in executed/<preset>/, figures in figures/<preset>/ and
@@ -82,10 +83,10 @@ def add_train(commands):
                      "folder:PATH")
     sub.add_argument("--ripple-stages", type=positive(int), help="with --attention ripple: 1 to 4 (published: 3)")
     sub.add_argument("--hydra-branches", type=positive(int), help="with --attention hydra: 1 to 8 (published: 4)")
-    sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
-    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
+    sub.add_argument("--no-kernels", action="store_const", const="off", help="plain PyTorch in place of our kernels")
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes; "
+                     "TensorBoard's logs go to FILE.logs")
     sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
-    sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
     sub.add_argument("--device", **DEVICE)
     sub.add_argument("--skip-broken", **SKIP)
 
@@ -112,11 +113,7 @@ def add_measure(commands):
 
 
 def add_report(commands):
-    sub = commands.add_parser(
-        "report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md", allow_abbrev=False,
-        description="Made from results/ and executed/ alone: RESULTS.md, CLAIMS.md and the marked parts of README.md.",
-    )
-    sub.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is stale")
+    commands.add_parser("report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md")
 
 
 def add_data(commands):
@@ -210,6 +207,9 @@ def main(arguments=None):
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise ValueError(f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
                              "another interpreter with VITLAB_PYTHON")  # fmt: skip
+        from vitlab.utils import threads
+
+        threads.wait_passively()  # kernels, too: they get this process's environment
         from vitlab.run import commands
 
         return getattr(commands, options.command)(options)

@@ -33,11 +33,12 @@ def line(name, row, epochs, history):
         parts.append(f"train {row['accuracy']:.1f} %")
     if "val_accuracy" in row:
         parts.append(f"val {row['val_accuracy']:.2f} %")
-    parts += [f"lr {row['lr']:.1e}", f"{row['images_per_s']:,.0f} images/s", f"left {_clock(left)}"]
+    parts += [f"lr {row['lr']:.1e}", f"{row['images_per_s']:,.0f} images/s", f"left {clock(left)}"]
     return "  ".join(parts)
 
 
-def _clock(seconds):
+def clock(seconds):
+    """"3m05s", "1h02m", rounded up."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
