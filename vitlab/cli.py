@@ -1,4 +1,4 @@
-"""The command line: `vitlab run | train | evaluate | measure | report | data`.
+"""The command line: `vitlab run | train | evaluate | measure | apply | export | report | data`.
 
 Only the standard library is imported at the top: run_all.sh checks its options here before anything is installed, and
 help comes at once. What the commands do is in `vitlab.run.commands`.
@@ -39,11 +39,18 @@ Train a model. Every field of its config and of the training recipe is an option
 is that model's, too: AdamW, cosine, smoothing, mixup; 10 of 200 epochs are warm-up, in that proportion for others."""
 
 
+APPLY_HELP = """\
+Prune a model, run it on fewer tokens, fine-tune it, and say whether that paid: accuracy on the test images, operations,
+memory and time before and after, beside the uncut model with the same training and the pooled last block alone. Fields
+of the training recipe are options, too: --lr 1e-4, --augment crop(4)+flip. The same command goes on with what was
+stopped."""
+
+
 def parser():
     """The parser with all sub-commands."""
     top = argparse.ArgumentParser(prog="vitlab", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_run, add_train, add_evaluate, add_measure, add_report, add_data):
+    for add in (add_run, add_train, add_evaluate, add_measure, add_apply, add_export, add_report, add_data):
         add(commands)
     return top
 
@@ -112,6 +119,33 @@ def add_measure(commands):
     sub.add_argument("--skip-broken", **SKIP)
 
 
+def add_apply(commands):
+    sub = commands.add_parser("apply", help="make a model of yours cheaper, and see whether it pays",
+                              description=APPLY_HELP, allow_abbrev=False)  # fmt: skip
+    sub.add_argument("model", metavar="MODEL", help="a file that vitlab wrote, timm:NAME or timm:NAME,pretrained")
+    sub.add_argument("--data", required=True, metavar="DATA", help="folder:PATH, or cifar10, cifar100, ...")
+    sub.add_argument("--prune", type=share, metavar="0.5", help="take channels that make up so much of the MACs away")
+    sub.add_argument("--reduce-tokens", metavar="auto", help="r_max=.6,alpha=1.5,action=ward "
+                     "(fields of TokenConfig); or auto: by this machine's clock at the last of --batch, and not at all "
+                     "where that makes the model no faster")
+    sub.add_argument("--fine-tune", type=positive(int), default=0, metavar="EPOCHS", help="train it again afterwards")
+    sub.add_argument("--distill", action="store_true", help="with the uncut model as the teacher")
+    sub.add_argument("--batch", type=batches, default=[1, 64], metavar="1,64", help="images a pass that are timed")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the smaller model goes")
+    sub.add_argument("--device", **DEVICE)
+    sub.add_argument("--skip-broken", **SKIP)
+
+
+def add_export(commands):
+    sub = commands.add_parser("export", help="write a model as ONNX or for torch.export", allow_abbrev=False)
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="any model that vitlab wrote")
+    sub.add_argument("--onnx", action="store_true", help="NAME.onnx, checked and timed in onnxruntime")
+    sub.add_argument("--pt2", action="store_true", help="NAME.pt2, for torch.export.load")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: the checkpoint's)")
+    sub.add_argument("--batch", type=batches, default=[1, 16], metavar="1,16", help="images a pass that are timed")
+    sub.add_argument("--seconds", type=positive(float), default=1.0, help="for each timing")
+
+
 def add_report(commands):
     commands.add_parser("report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md")
 
@@ -136,6 +170,18 @@ def seeds(text):
     if not parts or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds such as 0,1,2")
     return [int(part) for part in parts]
+
+
+def batches(text):
+    """"1,64" -> [1, 64]."""
+    return [positive(int)(part) for part in names(text) or [text]]
+
+
+def share(text):
+    """"0.5" -> 0.5, between 0 and 1."""
+    if not re.fullmatch(r"0?\.\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: a share between 0 and 1 is needed, such as 0.5")
+    return float(text)
 
 
 def seconds(text):
@@ -198,7 +244,7 @@ def main(arguments=None):
     """The command; its exit code. Bad input is one line on stderr, not a traceback."""
     options, unknown = parser().parse_known_args(arguments)
     try:
-        if unknown and options.command != "train":
+        if unknown and options.command not in ("train", "apply"):
             raise ValueError(f"unknown options: {' '.join(unknown)} (--help lists the known ones)")
         options.fields = fields(unknown)
         if getattr(options, "check_options", False):

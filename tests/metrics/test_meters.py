@@ -48,8 +48,8 @@ def test_throughput_counts_the_images():
         def forward(self, x):
             time.sleep(0.001 * len(x))
 
-    found = measure.throughput(Wait(), (3, 2, 2), 8, seconds=0.05)
-    assert 200 < found <= 1000
+    found = measure.measure(Wait(), shape=(3, 2, 2), batch=8, seconds=0.05)
+    assert 200 < found["images_per_s"] <= 1000
 
 
 def test_what_cannot_be_timed_is_refused():
@@ -62,7 +62,7 @@ def test_what_cannot_be_timed_is_refused():
     with pytest.raises(ValueError, match="seconds=nan"):
         latency(lambda: None, device="cpu", seconds=math.nan)
     with pytest.raises(ValueError, match="batch=0"):
-        measure.throughput(nn.Flatten(), (3, 4, 4), 0)
+        measure.measure(nn.Flatten(), shape=(3, 4, 4), batch=0)
 
 
 def test_peak_memory_of_a_known_network():
@@ -103,7 +103,6 @@ def test_memory_and_time_on_the_gpu():
     images = torch.zeros(256, 1024, device="cuda")
     found = peak_memory(model, images)
     assert found.activations == pytest.approx(2 * 256 * 4096 * 4, rel=0.02)
-    assert found.device_peak >= found.peak - 1024
     matrix = torch.zeros(8192, 8192, device="cuda", dtype=torch.bfloat16)
     large = latency(lambda x: x @ x, matrix, seconds=0.2).median_s
     assert 2 * 8192**3 / large < 2e15  # an unsynchronised clock would show launches only

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from vitlab.utils.device import eager, example, running
 
 
-def parameters(model, trainable_only=False):
+def parameters(model):
     """Number of parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+    return sum(p.numel() for p in model.parameters())
 
 
 def size_bytes(model):

@@ -10,24 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
-from vitlab.metrics.meters import (
-    Energy,
-    Memory,
-    Timing,
-    compare,
-    energy_per_image,
-    latency,
-    peak_memory,
-    training_step,
-)
-from vitlab.metrics.power import EnergyMeter
+from vitlab.metrics.meters import compare, energy_per_image, latency, peak_memory, training_step
 from vitlab.metrics.predict import input_size, logits
 from vitlab.utils.device import device_name, device_of, example
 
 __all__ = [
-    "COLUMNS", "Accuracy", "Energy", "EnergyMeter", "Memory", "Timing", "accuracy", "compare", "device_name",
-    "energy_per_image", "latency", "macs", "macs_by_module", "macs_by_part", "measure", "parameters", "peak_memory",
-    "ptflops_macs", "score", "show", "size_bytes", "throughput", "training_speed",
+    "COLUMNS", "Accuracy", "accuracy", "compare", "device_name", "energy_per_image", "latency", "macs",
+    "macs_by_module", "macs_by_part", "measure", "parameters", "peak_memory", "ptflops_macs", "score", "show",
+    "size_bytes", "training_speed",
 ]
 
 
@@ -36,7 +26,7 @@ class Accuracy:
     """How well a model does on `n` images. Percentages, but for `loss` (mean NLL, nats) and `ece` (0 to 1).
 
     top5: None with fewer than five classes. ece: expected calibration error (Guo et al. 2017, eq. 3) over
-    bins of equal width. per_class: recall, None for a class without images. confusion: images counted,
+    15 bins of equal width. per_class: recall, None for a class without images. confusion: images counted,
     rows are the truth, columns the prediction.
     """
 
@@ -49,7 +39,7 @@ class Accuracy:
     n: int
 
 
-def accuracy(model, split, *, mean, std, num_classes, size=None, batch_size=512, dtype=None, ece_bins=15):
+def accuracy(model, split, *, mean, std, num_classes, size=None, batch_size=512, dtype=None):
     """Accuracy of `model` on a split of uint8 images, in eval mode (each module's own mode is put back).
 
     `size` resizes the images on the device (default: what the model takes). The figures are computed in
@@ -57,10 +47,10 @@ def accuracy(model, split, *, mean, std, num_classes, size=None, batch_size=512,
     not N x num_classes or not finite, a label outside the classes.
     """
     outputs, labels = logits(model, split, mean=mean, std=std, size=size, batch_size=batch_size, dtype=dtype)
-    return score(outputs, labels, num_classes, ece_bins)
+    return score(outputs, labels, num_classes)
 
 
-def score(outputs, labels, num_classes, ece_bins=15):
+def score(outputs, labels, num_classes):
     """The Accuracy of logits (N K) against labels (N); errors as in `accuracy`."""
     outputs, labels = outputs.double().cpu(), labels.cpu()
     n = len(labels)
@@ -82,7 +72,7 @@ def score(outputs, labels, num_classes, ece_bins=15):
         top1=100 * right.double().mean().item(),
         top5=top5,
         loss=torch.nn.functional.cross_entropy(outputs, labels).item(),
-        ece=_ece(confidence, right.double(), ece_bins),
+        ece=_ece(confidence, right.double()),
         per_class=tuple(
             100 * hits / total if total else None
             for hits, total in zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
@@ -92,19 +82,12 @@ def score(outputs, labels, num_classes, ece_bins=15):
     )
 
 
-def _ece(confidence, right, bins):
+def _ece(confidence, right, bins=15):
     # bin m holds confidences in ((m - 1) / bins, m / bins]; its weight times |accuracy - confidence| is
     # |sum of right - sum of confidence| / n
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right - confidence)
     return gaps.abs().sum().item() / len(right)
-
-
-def throughput(model, shape, batch, *, device=None, dtype=None, seconds=2.0, warmup=3, min_runs=5):
-    """Images a second at `batch` images of `shape` (C H W) already on the device, from the median time."""
-    images = example(model, shape, batch, device)
-    timing = latency(model, images, dtype=dtype, seconds=seconds, warmup=warmup, min_runs=min_runs)
-    return batch / timing.median_s
 
 
 def training_speed(models, *, batch, seconds=1.0, device="cpu", dtype=None):

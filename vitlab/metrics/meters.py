@@ -124,16 +124,11 @@ def _timing(seconds):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the model's weights and buffers, its input, the most it allocates beside them in a forward pass.
-
-    `device_peak` is the CUDA allocator's own peak, with whatever else lives on the device (a data set, say);
-    None on a CPU.
-    """
+    """Bytes: the model's weights and buffers, its input, the most it allocates beside them in a forward pass."""
 
     weights: int
     inputs: int
     activations: int
-    device_peak: int | None = None
 
     @property
     def peak(self):
@@ -155,8 +150,7 @@ def peak_memory(function, example, *, device=None, dtype=None):
     with running([function], device, dtype):  # libraries' workspaces are made once, and are not the model's
         function(*inputs)
     meter = _cuda_activations if device.type == "cuda" else _cpu_activations
-    activations, device_peak = meter(function, inputs, device, dtype)
-    return Memory(_bytes(tensors), _bytes(inputs), activations, device_peak)
+    return Memory(_bytes(tensors), _bytes(inputs), meter(function, inputs, device, dtype))
 
 
 def _bytes(tensors):
@@ -171,8 +165,7 @@ def _cuda_activations(function, inputs, device, dtype):
     with running([function], device, dtype):
         function(*inputs)
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    return peak - before, peak
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _cpu_activations(function, inputs, device, dtype):
@@ -180,7 +173,7 @@ def _cpu_activations(function, inputs, device, dtype):
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile, \
             running([function], device, dtype):
         function(*inputs)
-    return _peak(sorted(_allocations(profile.kineto_results.experimental_event_tree()))), None
+    return _peak(sorted(_allocations(profile.kineto_results.experimental_event_tree())))
 
 
 def _peak(allocations):
@@ -217,7 +210,6 @@ class Energy:
     joules_per_image: float | None
     idle_watts: float | None
     images: int = 0
-    source: str | None = None
     reason: str = ""
 
 
@@ -247,4 +239,4 @@ def energy_per_image(function, example, *, device=None, dtype=None, seconds=3.0,
     if reading.watts is None:
         return Energy(None, None, idle.reading.watts, images, reason=reading.reason)
     joules = reading.watts * elapsed / images
-    return Energy(reading.watts, joules, idle.reading.watts, images, reading.source, idle.reading.reason)
+    return Energy(reading.watts, joules, idle.reading.watts, images, idle.reading.reason)

@@ -1,4 +1,4 @@
-"""Power and energy of a GPU, from NVML's sensors. Where there is none the reading says so: no guesses."""
+"""Power and energy of a GPU, from NVML's energy counter. Where there is none the reading says so: no guesses."""
 
 import contextlib
 import itertools
@@ -8,17 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-SETTLE = 1.0  # seconds: NVML's power reading is an average over the last second on recent cards
-
 
 @dataclass(frozen=True)
 class Reading:
-    """Mean watts and joules of a window. `source`: "counter" or "sampling"; None: `reason` says why not."""
+    """Mean watts and joules of a window of so many seconds; where they are None `reason` says why."""
 
     seconds: float
     watts: float | None = None
     joules: float | None = None
-    source: str | None = None
     reason: str = ""
 
 
@@ -30,9 +27,9 @@ class EnergyMeter:
     """Reads a CUDA device's power while its block runs; `meter.reading` has the result after.
 
     NVML's energy counter is followed by a thread from its first step to its last (it steps about every
-    100 ms, so the window must be `min_seconds` long); where the card has no counter, power is sampled.
-    `available` and `reason` say beforehand whether there is a sensor. The sensor is the whole card's: other
-    processes on it are in the reading. The work must be synchronised before the block ends.
+    100 ms, so the window must be `min_seconds` long). `available` and `reason` say beforehand whether there is one.
+    The counter is the whole card's: other processes on it are in the reading. The work must be synchronised before
+    the block ends.
     """
 
     def __init__(self, device="cuda", *, min_seconds=2.0, interval=0.02):
@@ -43,7 +40,7 @@ class EnergyMeter:
         self.available, self.reason = False, ""
         self._stack, self._seen, self._stop = contextlib.ExitStack(), [], threading.Event()
         try:
-            self.source, self._read = self._stack.enter_context(_sensor(self.device))
+            self._read = self._stack.enter_context(_sensor(self.device))
             self.available = True
         except NoSensor as problem:
             self.reason = str(problem)
@@ -74,10 +71,10 @@ class EnergyMeter:
             return Reading(seconds, reason=self.reason)
         if seconds < self.min_seconds:
             return Reading(seconds, reason=f"a window of {seconds:.2f} s is below {self.min_seconds} s")
-        watts = (_counted if self.source == "counter" else _sampled)(self._seen)
+        watts = _counted(self._seen)
         if watts is None:
             return Reading(seconds, reason="the sensor did not move")
-        return Reading(seconds, watts, watts * seconds, self.source)
+        return Reading(seconds, watts, watts * seconds)
 
 
 def _counted(seen):
@@ -89,15 +86,9 @@ def _counted(seen):
     return (end - start) / 1000 / (last - first)
 
 
-def _sampled(seen):
-    """Watts from (seconds, milliwatts): the mean once the reading has settled; None without a sample."""
-    values = [value for moment, value in seen if moment >= min(SETTLE, seen[-1][0] / 2)]
-    return sum(values) / len(values) / 1000 if values else None
-
-
 @contextlib.contextmanager
 def _sensor(device):
-    """("counter", a function giving millijoules) or ("sampling", one giving milliwatts); else NoSensor."""
+    """A function that reads the device's energy counter, in millijoules; else NoSensor."""
     if device.type != "cuda":
         raise NoSensor(f"there is no power sensor for {device.type}")
     try:
@@ -117,31 +108,16 @@ def _sensor(device):
 
 def _reader(nvml, device):
     try:
-        handle = _handle(nvml, device)
+        # by UUID, since CUDA_VISIBLE_DEVICES renumbers torch's devices
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
     except (nvml.NVMLError, AssertionError, RuntimeError) as problem:  # torch's when it has no CUDA
         raise NoSensor(f"NVML does not find {device}: {problem}") from problem
     with contextlib.suppress(nvml.NVMLError):
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
             raise NoSensor("the card is split (MIG), and its sensor reads the whole of it")
-    readers = {"counter": nvml.nvmlDeviceGetTotalEnergyConsumption, "sampling": nvml.nvmlDeviceGetPowerUsage}
-    for source, read in readers.items():
-        try:
-            read(handle)
-        except nvml.NVMLError as problem:
-            reason = str(problem)
-        else:
-            return source, lambda read=read: read(handle)
-    raise NoSensor(f"the card reports neither energy nor power: {reason}")
-
-
-def _handle(nvml, device):
-    """NVML's handle of a torch device, by UUID or PCI address: CUDA_VISIBLE_DEVICES renumbers torch's."""
-    properties = torch.cuda.get_device_properties(device)
-    uuid = str(getattr(properties, "uuid", ""))
     try:
-        return nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-    except nvml.NVMLError:
-        if not hasattr(properties, "pci_bus_id"):
-            raise
-    address = (getattr(properties, "pci_domain_id", 0), properties.pci_bus_id, properties.pci_device_id)
-    return nvml.nvmlDeviceGetHandleByPciBusId("{:08X}:{:02X}:{:02X}.0".format(*address))
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except nvml.NVMLError as problem:
+        raise NoSensor(f"the card does not count its energy: {problem}") from problem
+    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in points with its interval [low, high], and the p-value of there being none."""
+    """A difference in points with its 95 % interval [low, high], and the p-value of there being none."""
 
     points: float
     low: float
@@ -28,7 +28,7 @@ class Difference:
         return f"{self.points:+.2f} points (95 %: {self.low:+.2f} to {self.high:+.2f})"
 
 
-def paired_difference(correct_a, correct_b, level=0.95):
+def paired_difference(correct_a, correct_b):
     """Accuracy of a minus that of b on the same images, as a Difference.
 
     correct_a, correct_b: bool N, which images were judged rightly. Only those on which the two disagree tell them
@@ -41,7 +41,7 @@ def paired_difference(correct_a, correct_b, level=0.95):
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     total, up, down = n + 2, only_a + 0.5, only_b + 0.5
     middle = (up - down) / total
-    half = _z(level) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
+    half = NormalDist().inv_cdf(0.975) * math.sqrt((up + down) / total - middle**2) / math.sqrt(total)
     points = 100 * (only_a - only_b) / n
     return Difference(points, 100 * (middle - half), 100 * (middle + half), _mcnemar(only_a, only_b))
 
@@ -53,18 +53,18 @@ def _mcnemar(only_a, only_b):
     return min(1.0, 2 * tail / 2**tosses)  # whole numbers of any length: nothing underflows
 
 
-def t_interval(values, level=0.95):
-    """(mean, half the interval) of values from independent runs by Student's t; ValueError below two of them."""
+def t_interval(values):
+    """(mean, half the 95 % interval) of values from independent runs by Student's t; ValueError below two of them."""
     values = [float(v) for v in values]
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
-    return fmean(values), t_quantile((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), t_quantile(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def seed_difference(a, b, level=0.95):
+def seed_difference(a, b):
     """a minus b over paired seeds (numbers in the same order), as a Difference by the paired t-test."""
     changes = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
-    middle, half = t_interval(changes, level)
+    middle, half = t_interval(changes)
     spread = stdev(changes) / math.sqrt(len(changes))
     p = 2 * (1 - t_below(abs(middle) / spread, len(changes) - 1)) if spread else float(middle == 0)
     return Difference(middle, middle - half, middle + half, p)
@@ -105,9 +105,3 @@ def holm(p_values):
         worst = max(worst, (len(p_values) - rank) * p_values[i])
         adjusted[i] = min(1.0, worst)
     return adjusted
-
-
-def _z(level):
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: a share between 0 and 1, such as 0.95")
-    return NormalDist().inv_cdf((1 + level) / 2)

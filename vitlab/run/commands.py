@@ -103,6 +103,29 @@ def train(options):
     return 0
 
 
+def apply(options):
+    """Make a model cheaper as asked, and say whether that paid."""
+    from vitlab.run import apply
+
+    recipe, device = apply.checked(options), _device(options.device)
+    print(threads.choose(), flush=True)
+    try:
+        apply.apply(options, device, recipe)
+    except (KeyboardInterrupt, BudgetSpent) as stop:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return BUDGET_CODE if isinstance(stop, BudgetSpent) else INTERRUPTED_CODE
+    except NotFinite as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def export(options):
+    """Write a checkpoint in the formats asked for, check them, and time them."""
+    from vitlab.run import export
+
+    return export.export(options)
+
+
 def evaluate(options):
     """Accuracy on the test images, overall and by class: printed, and results.json, confusion.png/.pdf in --out."""
     if options.out.exists() and not options.out.is_dir():

@@ -50,7 +50,7 @@ def test_prune_is_score_select_and_slim_in_one_call():
     model, batches = ours("cls"), [(images(), torch.arange(4))]
     target = int(0.6 * shape_of(model).macs())
     small = prune(model, batches, macs=target, multiple=4)
-    masks = select(shape_of(model), score(model, "taylor", data=batches), macs=target, multiple=4)
+    masks = select(shape_of(model), score(model, "taylor", data=batches), macs=target, multiple=4, uniform=True)
     assert small.config.macs() <= target and torch.equal(small(images()), slim(model, masks)(images()))
 
 
@@ -59,6 +59,24 @@ def test_prune_takes_a_data_set():
     config = ViTConfig(image_size=16, patch_size=8, dim=16, depth=1, heads=2)
     small = prune(ViT(config), tiny, ratio=0.5, images=32, multiple=1)
     assert small.config.macs() < config.macs() and small(images()).shape == (4, 10)
+
+
+def test_heads_of_a_block_are_of_one_width_unless_asked_otherwise():
+    model, batches = ours("cls"), [(images(), torch.arange(4))]
+    half = shape_of(model).macs() // 2
+    small = prune(model, batches, macs=half, multiple=1)
+    assert all(len(b.heads) == 1 and b.heads[0][1] == b.heads[0][2] for b in small.config.shapes)
+    assert any(len(b.heads) > 1 for b in prune(model, batches, macs=half, multiple=1, uniform=False).config.shapes)
+
+
+def test_a_budget_that_cuts_nothing_and_scores_that_say_nothing_are_refused():
+    model = ours("cls")
+    whole = shape_of(model).macs()
+    for budget in (whole, 2 * whole):
+        with pytest.raises(ValueError, match=rf"macs={budget:,.6g}: the model has {whole:,.6g} as it is"):
+            prune(model, [(images(), torch.arange(4))], macs=budget)
+    with pytest.raises(ValueError, match=r"blocks.0.qk.*24 of 24 are not finite"):
+        prune(model, [(images() * torch.nan, torch.arange(4))], macs=whole // 2)
 
 
 def test_slim_is_pruned_again():

@@ -1,11 +1,15 @@
 """Counts chosen by a budget of operations or of time, and the search."""
 
+import dataclasses
+
 import pytest
+import torch
 from vits import operations, pictures, small
 
 from vitlab.compress.tokens import search
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.data.datasets import load
 from vitlab.metrics.predict import kl_divergence
 
 
@@ -88,6 +92,29 @@ def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operati
             search.calibrate(model, images, **wrong)
     with pytest.raises(ValueError, match=r"latency=0.5: no schedule of 'drop' costs this little"):
         search.calibrate(model, images[:2], latency=0.5, meter=lambda counts: 1.0)
+
+
+def test_calibration_tells_how_far_it_is_and_what_it_cannot_use(monkeypatch):
+    model, images, said = small(image_size=16), pictures(8, side=16), []
+    budget = 0.7 * model.config.macs()
+    monkeypatch.setattr(search, "EVERY", 0.0)
+    search.calibrate(model, images, macs=budget, passes=10, log=said.append)
+    assert len(said) == 10 and "pass 10 of at most 10  KL" in said[-1] and said[-1].endswith("left at most 0m00s")
+    with pytest.raises(ValueError, match=r"torch.uint8: give them normalised"):
+        search.calibrate(model, (images * 50).byte(), macs=budget)
+    images[3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 8 images hold values that are not finite"):
+        search.calibrate(model, images, macs=budget)
+
+
+def test_a_timm_model_and_a_data_set_are_calibrated_by_operations():
+    timm, data = pytest.importorskip("timm"), load("tiny")
+    data = dataclasses.replace(data, train=data.train.take(16))
+    model = timm.models.VisionTransformer(16, 4, 3, 10, embed_dim=32, depth=3, num_heads=2).eval()
+    budget = 0.8 * reduce_tokens(model, r_max=0.0).macs()
+    found = search.calibrate(model, data, macs=budget, passes=8, log=None)
+    assert reduce_tokens(model, found).macs() <= budget
+    assert reduce_tokens(model, search.fit_budget(model, budget)).macs() <= budget
 
 
 def test_search_is_shared_and_resumed(tmp_path):

@@ -24,7 +24,8 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
     scores.
 
     Raises BudgetImpossible (a ValueError) for a budget that is missed at the smallest model these kinds allow,
-    ValueError for a ratio that removes nothing and for options that are not known.
+    ValueError for a ratio that removes nothing, a budget that the model keeps to as it is, scores that are not finite,
+    and options that are not known.
     """
     given = {k: v for k, v in {"ratio": ratio, "macs": macs, "latency": latency}.items() if v is not None}
     if len(given) != 1:
@@ -37,6 +38,8 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=None, s
     for name, score in scores.items():
         if known.get(name) != len(score):
             raise ValueError(f"score {name!r} of {len(score)} units: the model has {known}")
+        if broken := int((~score.isfinite()).sum()):
+            raise ValueError(f"score {name!r}: {broken} of {len(score)} are not finite (are the images, the weights?)")
     scores = {k: s.detach().float().cpu() / (unit_macs(config, k) if per_mac else 1.0) for k, s in scores.items()}
     ranking = _Ranking(config, scores, scope, multiple, uniform, least)
     if ratio is not None:
@@ -66,13 +69,16 @@ class _Ranking:
 
     def within(self, cost, name, budget):
         """The smallest share removed whose cost is within the budget, found by bisection."""
-        smallest = cost(narrow(self.config, self.masks(1.0)))
+        smallest, whole = cost(narrow(self.config, self.masks(1.0))), cost(self.config)
+        if budget >= whole:
+            raise ValueError(f"{name}={budget:,.6g}: the model has {whole:,.6g} as it is, so that nothing would go; "
+                             f"half of it is {whole / 2:,.6g}")  # fmt: skip
         if smallest > budget:
             kinds = sorted({kind_of(k) for k in self.scores})
             raise BudgetImpossible(
                 f"{name}={budget:,} is impossible: the smallest model that pruning {', '.join(kinds)} "
                 f"allows has {smallest:,.6g} (least={self.least}, multiple={self.multiple}); "
-                f"the unpruned one has {cost(self.config):,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
+                f"the unpruned one has {whole:,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
             )
         steps = 18 if name == "macs" else 8  # a measurement costs more than a formula
         return self.masks(bisect(lambda ratio: cost(narrow(self.config, self.masks(ratio))), budget, 0.0, 1.0, steps))

@@ -5,7 +5,7 @@
 is, in steps,
 
     scores = score(model, "taylor", data=calibration(data))
-    masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs())
+    masks = select(shape_of(model), scores, macs=0.6 * shape_of(model).macs(), uniform=True)
     small = slim(model, masks)                       # a plain model, equal to masked(model, masks)
 
 or, with trained gates, `fit(GatedViT(model), data, recipe, objective=L1())` and `score(gated, "gates")`.
@@ -104,16 +104,20 @@ def _block(state, block, heads, hidden, embed):
     return {k: w for k, w in new.items() if k.rpartition(".")[0] not in gone}
 
 
-def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all", **budget):
+def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all",
+          uniform=True, **budget):  # fmt: skip
     """The plain, smaller ViT that is left of a model within a budget: scored, selected and cut in one call.
 
     model: a ViT of ours or timm's, or a GatedViT. data: a Dataset, of which `images` of the training split are drawn
     from `seed`, or [(images, labels), ...] as the model takes them; "magnitude", "geometric-median", "random" and
     "gates" need none. criterion, kinds: as in `score`; norm: as in `slim`; budget: one of ratio=, macs=, latency=, and
-    further options of `select`. Raises ValueError for a model that cannot be pruned and a budget that cannot be met.
+    further options of `select`. uniform: the heads of a block get one width; False: each its own, which keeps better
+    units and is slower. Raises ValueError for a model that cannot be pruned, a budget that cannot be met, or that the
+    model meets as it is.
     """
     shape = shape_of(model)
     if isinstance(data, Dataset):
         data = calibration(data, images, seed=seed, size=shape.image_size)
-    masks = select(shape, score(model, criterion, kinds=kinds, data=data, seed=seed), **budget)
+    scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
+    masks = select(shape, scores, uniform=uniform, **budget)
     return slim(model, masks, norm)

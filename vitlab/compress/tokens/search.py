@@ -3,37 +3,43 @@
 import contextlib
 import dataclasses
 import itertools
+import time
 from pathlib import Path
 
 import torch
 
 from vitlab.compress.budget import BudgetImpossible, bisect
+from vitlab.compress.pruning.criteria import calibration
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
-from vitlab.metrics.predict import kl_divergence
+from vitlab.data.datasets import Dataset
+from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.train.progress import clock
 from vitlab.utils.device import device_of, running
 
+EVERY = 5.0  # seconds between two lines of progress
 ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
 
 
 def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None, step=4, passes=200, batch=256,
-              log=None, **options):  # fmt: skip
+              log=print, **options):  # fmt: skip
     """Tokens after each block that keep to a budget and change the predictions least: a TokenConfig.
 
     The budget is `macs` (of one image), or `latency` (ms) by `meter`, a `TokenLatency` of this machine. If all tokens
     fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
     exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
     lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down to 1.
-    `images` (normalised, B C H W) are from train, never validation or test; labels are not needed. passes: over the
-    images, at most. config and options: as in `reduce_tokens`, without counts.
+    images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. Labels are
+    not needed. passes: over the images, at most. log: gets a line every few seconds, with the time left; None: silent.
+    config and options: as in `reduce_tokens`, without counts.
 
     The result is never worse, on these images, than the best schedule. BudgetImpossible, a ValueError, if the
-    budget cannot be reached.
+    budget cannot be reached; ValueError for images that are not finite floats.
     """
     if (macs is None) == (latency is None) or (latency is None) != (meter is None):
         raise ValueError("give macs=..., or latency=... with meter=TokenLatency(model, images, ...)")
     config = dataclasses.replace(config or TokenConfig(), **options)
     name, budget = ("macs", macs) if latency is None else ("latency", latency)
-    search = _Exchange(model, images, budget, meter, config, batch)
+    search = _Exchange(model, images, budget, meter, config, batch, passes, log)
     if search.try_counts([search.parts.prefix + search.parts.patches] * search.parts.depth):
         return dataclasses.replace(config, counts=search.counts)
     for alpha in ALPHAS:
@@ -43,10 +49,8 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     if search.counts is None:
         raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
     while step >= 1 and search.passes < passes:
-        if not search.improve(step, passes):
+        if not search.improve(step):
             step //= 2
-        elif log:
-            log(f"KL {search.kl:.4f}  tokens {list(search.counts)}  step {step}  passes {search.passes}")
     return dataclasses.replace(config, counts=search.counts)
 
 
@@ -57,12 +61,24 @@ def choose(model, images, candidates, *, macs, config=None, batch=256, **options
     with `config` and `options`. images: of train, never validation or test, so that what is measured there later
     did not choose its own method. table: [{**candidate, "kl"}], as given; ties go to the first.
     """
-    reduced = reduce_tokens(model, config, **options)
+    reduced, images = reduce_tokens(model, config, **options), _images(model, images)
     fitted = [fit_budget(model, macs, reduced.token_config, **candidate) for candidate in candidates]
     reference = _predict(reduced.plain, images, batch)
     table = [candidate | {"kl": kl_divergence(_predict(reduced.reduce_by(found), images, batch), reference).item()}
              for candidate, found in zip(candidates, fitted)]  # fmt: skip
     return fitted[min(range(len(table)), key=lambda i: table[i]["kl"])], table
+
+
+def _images(model, images):
+    """Normalised images that a calibration can use, B C H W, from such images or a Dataset."""
+    if isinstance(images, Dataset):
+        parts = calibration(images, size=input_size(model, images.image_size))
+        images = torch.cat([x for x, _ in parts]).to(device_of(model))
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: give them normalised (data.augment.normalize), or the Dataset")
+    if broken := int((~images.flatten(1).isfinite()).any(1).sum()):
+        raise ValueError(f"{broken} of {len(images)} images hold values that are not finite")
+    return images
 
 
 def _predict(model, images, batch):
@@ -73,12 +89,13 @@ def _predict(model, images, batch):
 class _Exchange:
     """Counts within a budget, the best found so far (`counts`, `kl`), and what was tried."""
 
-    def __init__(self, model, images, budget, meter, config, batch):
-        self.images, self.budget, self.meter, self.batch, self.config = images, budget, meter, batch, config
-        self.reduced = reduce_tokens(model, config, r_max=0.0, counts=None)
+    def __init__(self, model, images, budget, meter, config, batch, most, log):
+        self.budget, self.meter, self.batch, self.config = budget, meter, batch, config
+        self.most, self.log, self.began, self.said = most, log, time.monotonic(), time.monotonic()
+        self.reduced, self.images = reduce_tokens(model, config, r_max=0.0, counts=None), _images(model, images)
         self.parts, self.counts, self.kl, self.passes, self.tried = self.reduced.adapter, None, None, 0, set()
         self.shielded = {p % self.parts.depth for p in config.protect}
-        self.reference = _predict(self.reduced.plain, images, batch)
+        self.reference = _predict(self.reduced.plain, self.images, batch)
 
     def try_counts(self, counts):
         """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
@@ -91,17 +108,26 @@ class _Exchange:
         better = self.kl is None or kl < self.kl
         if better:
             self.counts, self.kl = counts, kl
+        self.report()
         return better
+
+    def report(self):
+        """A line of progress, if the last one is some seconds old."""
+        if self.log and time.monotonic() - self.said >= EVERY:
+            self.said = time.monotonic()
+            left = (self.said - self.began) / self.passes * max(0, self.most - self.passes)
+            self.log(f"calibrating: pass {self.passes} of at most {self.most}  KL {self.kl:.4f}  tokens "
+                     f"{' '.join(map(str, self.counts))}  left at most {clock(left)}")  # fmt: skip
 
     def cost(self, counts):
         reduced = self.reduced.reduce_by(counts=counts)
         return self.meter(reduced.tokens) if self.meter else reduced.macs()
 
-    def improve(self, step, passes):
+    def improve(self, step):
         """One round of exchanges from the best counts; whether any of them stayed."""
         start = self.kl
         for giver, taker in itertools.permutations(range(self.parts.depth), 2):
-            if self.passes >= passes:
+            if self.passes >= self.most:
                 break
             changed = list(self.counts)
             changed[giver] -= step

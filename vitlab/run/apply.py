@@ -1,0 +1,265 @@
+"""`vitlab apply`: the study's methods on a model and images of one's own, and whether it paid.
+
+Every step keeps what it has done in a folder beside --out, so that the same command goes on where it was stopped.
+"""
+
+import ast
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from vitlab.compress.budget import BudgetImpossible
+from vitlab.compress.distill import Distill
+from vitlab.compress.pruning.gates import GatedViT
+from vitlab.compress.pruning.structured import prune, slim
+from vitlab.compress.tokens.latency import TokenLatency
+from vitlab.compress.tokens.reduction import TokenConfig, TokenViT, reduce_tokens
+from vitlab.compress.tokens.search import calibrate
+from vitlab.data import datasets
+from vitlab.metrics import meters
+from vitlab.metrics.counts import macs, size_bytes
+from vitlab.metrics.predict import logits
+from vitlab.metrics.statistics import paired_difference
+from vitlab.models import checkpoint
+from vitlab.models.timm import TimmConfig, as_vit
+from vitlab.run import choices
+from vitlab.run.runner import columns
+from vitlab.train.loop import cross_entropy, fit
+from vitlab.train.recipe import Recipe
+from vitlab.utils import files, rng
+from vitlab.utils.device import example
+
+BEFORE, FREE, UNCUT, AFTER = "before", "pooled last block alone", "uncut, fine-tuned", "after"
+SHARES = (0.7, 0.8, 0.9)  # of the time before, that `auto` tries for, from the strongest on
+IMAGES, PASSES = 64, 40  # that `auto` looks at, and how often at most
+WORTH = 1.03  # faster by less is no gain: timings of one model differ by as much
+FINE_TUNE = {"lr": 2e-4, "warmup": 0.5, "smoothing": 0.1}
+
+
+def checked(options):
+    """The Recipe of the fine-tuning, after a look at all that can be wrong with the options (ValueError)."""
+    if not options.prune and not options.reduce_tokens:
+        raise ValueError("nothing to do: give --prune 0.5, --reduce-tokens auto, or both")
+    if options.distill and not options.fine_tune:
+        raise ValueError("--distill needs --fine-tune EPOCHS")
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: give --out another name, or remove it")
+    if options.reduce_tokens:
+        token_options(options.reduce_tokens)
+    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
+    return Recipe(**{**FINE_TUNE, **choices.typed(Recipe, given), "epochs": options.fine_tune or 1})
+
+
+def image_size(name, data):
+    """Pixels that a folder's images are decoded at, as the model takes them; None for other data, which are resized."""
+    if not data.startswith("folder:"):
+        return None
+    timms = name.startswith("timm:")
+    config = TimmConfig(name=name[5:].partition(",")[0]) if timms else checkpoint.read(name).config
+    return config.image_size
+
+
+def load_model(name, classes, device):
+    """(model, whether its head is new) of a checkpoint's path, `timm:NAME` or `timm:NAME,pretrained`."""
+    if not name.startswith("timm:"):
+        model = checkpoint.load(name, device)
+        if isinstance(model, GatedViT):
+            model = slim(model)
+        if model.config.num_classes != classes:
+            raise ValueError(f"{name} tells {model.config.num_classes} classes apart, the data have {classes}")
+        return model if isinstance(model, TokenViT) else as_vit(model), False
+    import timm
+
+    name, _, weights = name.removeprefix("timm:").partition(",")
+    if weights not in ("", "pretrained"):
+        raise ValueError(f"timm:{name},{weights}: only ',pretrained' may follow the name")
+    TimmConfig(name=name)  # names the models that are like a misspelt one
+    try:
+        model = timm.create_model(name, pretrained=bool(weights))
+    except Exception as error:  # whatever a download may raise
+        raise ValueError(f"timm:{name},{weights}: its weights cannot be had: {error}") from error
+    new = not weights or model.num_classes != classes
+    if new:
+        model.reset_classifier(classes)
+    return as_vit(model).to(device).eval(), new
+
+
+def token_options(text):
+    """"r_max=.6,action=ward" or "auto,action=ward" -> (whether counts are sought, TokenConfig's fields)."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    auto, known = "auto" in parts, [f.name for f in dataclasses.fields(TokenConfig)]
+    found = {}
+    for part in (p for p in parts if p != "auto"):
+        name, sign, value = part.partition("=")
+        if not sign or name not in known:
+            raise ValueError(f"--reduce-tokens {part!r}: 'auto' or NAME=VALUE is needed, of {', '.join(known)}")
+        try:
+            found[name] = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value, value))
+        except (ValueError, SyntaxError):
+            found[name] = value
+    if auto and {"counts", "r_max", "alpha", "schedule"} & set(found):
+        raise ValueError(f"--reduce-tokens {text}: 'auto' chooses how many tokens stay")
+    try:
+        TokenConfig(**found)
+    except TypeError as error:
+        raise ValueError(f"--reduce-tokens {text}: {error}") from error
+    return auto, found
+
+
+class Work:
+    """What is done so far, in a folder of its own; a run with other options is not gone on with."""
+
+    def __init__(self, out, options):
+        self.folder, note = Path(f"{out}.work"), Path(f"{out}.work") / "options.json"
+        options = files.plain(options)
+        if note.exists() and (before := json.loads(note.read_text())) != options:
+            changed = ", ".join(f"{k}: {before.get(k)!r}" for k in options if before.get(k) != options[k])
+            raise ValueError(f"{self.folder} is a run that was stopped, with other options ({changed}): "
+                             "give the same, another --out, or remove it")  # fmt: skip
+        files.write_json(note, options)
+
+    def train(self, name, model, data, recipe, objective=cross_entropy):
+        """Train `model` in place, or what is left of it."""
+        print(f"\n{name}: {recipe.epochs} epochs on {len(data.train):,} images", flush=True)
+        state = self.folder / f"{name.replace(' ', '-').replace(',', '')}.training"
+        fit(model, data, recipe, objective=objective, checkpoint=state, save_within=60.0, name=name)
+        return model
+
+    def once(self, name, make, device):
+        """The model that `make()` gives, made only once."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            checkpoint.save(make(), path)
+        return checkpoint.load(path, device)
+
+
+def cut(model, data, options):
+    """The smaller model, before it is trained again: pruned, then run on fewer tokens."""
+    base, tokens = (model.plain, model.token_config) if isinstance(model, TokenViT) else (model, None)
+    small = base
+    if options.prune:
+        print(f"\npruning {options.prune:.0%} of the MACs: what 256 training images say of each channel", flush=True)
+        small = prune(base, data, macs=(1 - options.prune) * base.config.macs())
+        print(f"{base.config.macs() / 1e6:,.1f} -> {small.config.macs() / 1e6:,.1f} MMac an image", flush=True)
+    if options.reduce_tokens:
+        auto, fields = token_options(options.reduce_tokens)
+        tokens = sought(base, small, data, options.batch[-1], fields) if auto else TokenConfig(**fields)
+    return reduce_tokens(small, tokens) if tokens else small
+
+
+def sought(model, small, data, batch, fields):
+    """The TokenConfig whose counts make `small` faster at that batch and change `model`'s predictions least.
+
+    What a count costs is read off this machine's clock with `small`, what it spoils off `model`, as a model that was
+    just pruned has no predictions worth keeping. None where no counts make it faster.
+    """
+    shape = small.config.in_chans, small.config.image_size, small.config.image_size
+    images = example(small, shape, batch)
+    config = TokenConfig(**{"action": "ward", "pooled_last": True} | fields)
+    meter = TokenLatency(small, images, config)
+    print(f"\nchoosing tokens by this machine's clock at batch {batch}", flush=True)
+    few = dataclasses.replace(data, train=data.train.take(IMAGES))
+    whole = meter([small.config.tokens] * len(small.config.shapes))
+    for share in SHARES:
+        try:
+            found = calibrate(model, few, latency=share * whole, meter=meter, config=config, passes=PASSES)
+        except BudgetImpossible:
+            continue
+        pair = {"whole": small, "fewer": reduce_tokens(small, found)}
+        timed = meters.compare(pair, images, warmup=2, seconds=1.0, min_runs=5)
+        gain = timed["whole"].median_s / timed["fewer"].median_s
+        if gain >= WORTH:
+            print(f"tokens after each block: {' '.join(map(str, found.counts))}; {gain:.2f}x as fast at batch {batch}")
+            return found
+    print(f"no numbers of tokens with action={config.action} make this model faster at batch {batch} here: all stay")
+    return None
+
+
+def compare(arms, costly, data, batches):
+    """A row an arm: right on each test image, and for those in `costly` what they cost, timed in turns."""
+    rows = {}
+    for name, model in arms.items():
+        print(f"judging {name!r} on {len(data.test):,} test images", flush=True)
+        found, labels = logits(model, data.test, mean=data.mean, std=data.std, batch_size=max(64, batches[-1]))
+        rows[name] = {"right": (found.argmax(1) == labels).cpu()}
+    models = {name: arms[name] for name in costly}
+    first = models[BEFORE].config
+    shape = first.in_chans, first.image_size, first.image_size
+    for batch in batches:
+        print(f"timing at batch {batch}, in turns", flush=True)
+        images = example(models[BEFORE], shape, batch)
+        timed = meters.compare(models, images, warmup=2, seconds=2.0, min_runs=5)
+        for name, timing in timed.items():
+            rows[name][batch] = timing.median_s
+    for name, model in models.items():
+        peak = meters.peak_memory(model, images).peak
+        rows[name] |= {"macs": macs(model, shape), "size": size_bytes(model), "memory": peak}
+    for name in rows.keys() - models.keys():  # the same shape as before, so the same cost
+        rows[name] = rows[BEFORE] | rows[name]
+    return rows
+
+
+def table(rows, batches):
+    """The rows as text, side by side: accuracy and its change, MACs, size, memory, time and speed at each batch."""
+    head = ["", "accuracy, %", "change, points", "MACs, M", "size on disk, MB", f"peak MB at batch {batches[-1]}"]
+    lines = [head + [f"{what} at batch {b}" for b in batches for what in ("ms", "images/s")]]
+    for name, row in rows.items():
+        cells = [name, f"{100 * row['right'].float().mean():.2f}", "" if name == BEFORE else _change(row, rows[BEFORE]),
+                 f"{row['macs'] / 1e6:,.1f}", f"{row['size'] / 1e6:,.2f}", f"{row['memory'] / 1e6:,.1f}"]  # fmt: skip
+        lines.append(cells + [f"{v:,.1f}" for b in batches for v in (1e3 * row[b], b / row[b])])
+    return columns(list(zip(*lines)))
+
+
+def verdict(rows, batches):
+    """For each batch, whether it paid there: a sentence."""
+    found, control = [], UNCUT if UNCUT in rows else BEFORE
+    lost = _change(rows[AFTER], rows[control])
+    for batch in batches:
+        gain, free = rows[BEFORE][batch] / rows[AFTER][batch], rows[BEFORE][batch] / rows[FREE][batch]
+        against = f"{gain:.2f}x as fast as before, {free:.2f}x with the pooled last block alone, which costs nothing"
+        if gain < WORTH:
+            found.append(f"At batch {batch} it did not pay: {against}.")
+        elif gain < free * WORTH:
+            found.append(f"At batch {batch} it did not pay: {against}, so that is to be taken.")
+        else:
+            found.append(f"At batch {batch} it paid: {against}. Accuracy against {control!r}: {lost}.")
+    return "\n".join(found)
+
+
+def _change(row, control):
+    found = paired_difference(row["right"], control["right"])
+    return f"{found.points:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{'' if found.clear else ', within noise'}"
+
+
+def apply(options, device, recipe):
+    """Do as asked, print it, and leave the smaller model at options.out; recipe: of the fine-tuning.
+
+    KeyboardInterrupt, BudgetSpent: the same call goes on later.
+    """
+    rng.seed_all(recipe.seed)
+    data = datasets.load(options.data, device=device, size=image_size(options.model, options.data),
+                         on_error=options.on_error)  # fmt: skip
+    print(data.describe(), flush=True)
+    model, new = load_model(options.model, data.num_classes, device)
+    if new and not options.fine_tune:
+        raise ValueError(f"{options.model} has no head for these {data.num_classes} classes yet: give --fine-tune 5")
+    asked = {name: getattr(options, name) for name in ("model", "prune", "reduce_tokens", "fine_tune", "distill")}
+    work = Work(options.out, asked | {"recipe": recipe, "data": data.key})
+    if new:
+        work.train("a head for these classes", model, data, recipe)
+    small = work.once("cut", lambda: cut(model, data, options), device)
+    free = getattr(model, "token_config", TokenConfig(r_max=0.0))
+    arms = {BEFORE: model, FREE: reduce_tokens(model, free, pooled_last=True)}
+    if options.fine_tune:
+        objective = Distill(model) if options.distill else cross_entropy
+        arms[UNCUT] = work.train(UNCUT, copy.deepcopy(model), data, recipe, objective)
+        work.train("the smaller model", small, data, recipe, objective)
+    print()
+    rows = compare(arms | {AFTER: small}, (BEFORE, FREE, AFTER), data, options.batch)
+    print(f"\n{table(rows, options.batch)}\n\n{verdict(rows, options.batch)}")
+    about = {"dataset": options.data, "data": data.key, "recipe": recipe, "made from": options.model}
+    checkpoint.save(small, options.out, about)
+    shutil.rmtree(work.folder)
+    print(f"\n{options.out}: the smaller model, for vitlab evaluate, measure, export and for vitlab.load")
