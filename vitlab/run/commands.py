@@ -66,9 +66,7 @@ def report(options):
 def data(options):
     """Load each data set (which fetches, checks and caches it) and print what is in it."""
     for name in options.name:
-        found = datasets.load(name, root=options.root, on_error=options.on_error)
-        parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
-        print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
+        print(datasets.load(name, root=options.root, on_error=options.on_error).describe())
     return 0
 
 
