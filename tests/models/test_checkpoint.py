@@ -12,10 +12,10 @@ import vitlab
 from vitlab.compress.pruning.gates import GatedConfig
 from vitlab.compress.tokens.reduction import ReducedConfig, TokenConfig
 from vitlab.models import checkpoint
-from vitlab.models.checkpoint import from_dict, identity, to_dict
+from vitlab.models.checkpoint import from_dict, to_dict
 from vitlab.models.resnet import ResNetConfig
 from vitlab.models.vit import ViT, ViTConfig
-from vitlab.utils.files import LATER
+from vitlab.utils.files import LATER, identity
 
 SMALL = ViTConfig(image_size=16, patch_size=4, dim=32, depth=2, heads=2)
 OURS = dataclasses.replace(SMALL, stem="conv", mlp="conv", pool="mean", mlp_dim=64, attention_args={})

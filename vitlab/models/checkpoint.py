@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import vitlab
 from vitlab.utils.device import eager
-from vitlab.utils.files import atomic, identity, plain
+from vitlab.utils.files import atomic, plain
 
 FORMAT = "vitlab-model-1"
 REGISTRY = {}  # kind -> config class
@@ -147,7 +147,7 @@ def _named(path, action):
         raise FileNotFoundError(f"{path} is not there")
     try:
         return action(path)
-    except (SafetensorError, UnicodeDecodeError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, UnicodeDecodeError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model that this version can read: {error}") from error
 
 
@@ -157,12 +157,4 @@ def _read(path):
         if meta.get("format") != FORMAT:
             raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-    if missing := {"config", "about"} - set(meta):
-        raise ValueError(f"its metadata has no {', '.join(sorted(missing))}")
     return Stored(from_dict(json.loads(meta["config"])), json.loads(meta["about"]), tensors)
-
-
-__all__ = [
-    "Stored", "Wrapper", "as_dataclass", "fingerprint", "from_dict", "identity", "load", "read", "register", "save",
-    "to_dict",
-]  # fmt: skip

@@ -55,18 +55,15 @@ def colours(names):
     return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
-def pictures(images, titles=None, *, columns=10, rows=None, size=0.75):
+def pictures(images, rows, *, columns=10):
     """A sheet of uint8 images N C H W. rows: names written at the left of each row of `columns` images."""
-    count = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(count, columns, figsize=(columns * size, count * size * 1.12), squeeze=False)
-    for i, ax in enumerate(axes.flat):
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.75, len(rows) * 0.84), squeeze=False)
+    for ax in axes.flat:
         ax.set_axis_off()
-        if i < len(images):
-            ax.imshow(images[i].permute(1, 2, 0).cpu().numpy())
-            if titles:
-                ax.set_title(titles[i], fontsize=7, pad=2)
-        if rows and i % columns == 0:
-            ax.text(-0.12, 0.5, rows[i // columns], transform=ax.transAxes, ha="right", va="center", fontsize=8)
+    for ax, image in zip(axes.flat, images):
+        ax.imshow(image.permute(1, 2, 0).cpu().numpy())
+    for ax, name in zip(axes[:, 0], rows):
+        ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=8)
     return figure
 
 
@@ -114,39 +111,35 @@ def curves(arms, columns=("loss", "val_accuracy")):
     return figure
 
 
-def tradeoff(rows, costs=("macs", "latency_ms"), quality="accuracy_top1", by="arm"):
-    """Quality against each cost (log axis), one point an arm, bars of one standard deviation over seeds.
+def tradeoff(rows, costs=("macs", "latency_ms")):
+    """Accuracy against each cost (log axis), one point an arm, bars of one standard deviation over seeds.
 
     Accuracies on different data do not compare: each data set gets a row of panels of its own.
     """
     sets = list(dict.fromkeys(rows.dataset))
     figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + 2.5 * len(sets)), sharey="row",
                                 sharex="col", squeeze=False)  # fmt: skip
-    look = colours(rows[by])
+    look = colours(rows.arm)
     for panels, data in zip(axes, sets):
         for ax, cost in zip(panels, costs):
-            for name, group in rows[rows.dataset == data].groupby(by, sort=False):
+            for name, group in rows[rows.dataset == data].groupby("arm", sort=False):
                 colour, marker = look[name]
-                x, y = group[cost] * COLUMNS[cost].scale, group[quality]
+                x, y = group[cost] * COLUMNS[cost].scale, group.accuracy_top1
                 ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
                             label=name, markersize=7)  # fmt: skip
             ax.set(xscale="log")
-            _plain_log(ax.xaxis)
-        panels[0].set_ylabel(axis(quality) + (f", {data}" if len(sets) > 1 else ""))
+            low, high = ax.get_xlim()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        panels[0].set_ylabel(axis("accuracy_top1") + (f", {data}" if len(sets) > 1 else ""))
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax, cost in zip(axes[-1], costs):
         ax.set_xlabel(axis(cost))
     return figure
 
 
-def _plain_log(axis_):
-    low, high = axis_.get_view_interval()
-    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
-    axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis_.set_minor_formatter(NullFormatter())
-
-
-def bars(frame, *, unit, title=""):
+def bars(frame, *, unit):
     """Grouped horizontal bars: one group a row, one bar a column of `frame`; missing values are left out."""
     figure, ax = plt.subplots(figsize=(WIDTH, 0.6 + 0.22 * frame.shape[0] * (frame.shape[1] + 0.8)))
     palette = sns.color_palette("colorblind", frame.shape[1])
@@ -159,7 +152,7 @@ def bars(frame, *, unit, title=""):
     ax.set_yticks(np.arange(len(frame)), frame.index)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel=unit, title=title)
+    ax.set(xlabel=unit)
     ax.margins(x=0.12)
     if frame.shape[1] > 1:  # below the axis label, whatever the height
         below = -0.6 / (0.22 * frame.shape[0] * (frame.shape[1] + 0.8))
@@ -167,13 +160,11 @@ def bars(frame, *, unit, title=""):
     return figure
 
 
-def heatmap(frame, *, label, digits=1, centre=None, title="", annotate=None):
+def heatmap(frame, *, label, digits=1, title=""):
     """A DataFrame as a heatmap; values are written in when there is room (at most 15 columns)."""
-    annotate = frame.shape[1] <= 15 if annotate is None else annotate
-    height = 1.0 + 0.32 * frame.shape[0]
-    figure, ax = plt.subplots(figsize=(min(WIDTH, 2.5 + 0.6 * frame.shape[1]), height))
-    colour = "vlag" if centre is not None else "cividis"
-    sns.heatmap(frame, annot=annotate, fmt=f".{digits}f", cmap=colour, center=centre, ax=ax, linewidths=0.5,
+    annotate = frame.shape[1] <= 15
+    figure, ax = plt.subplots(figsize=(min(WIDTH, 2.5 + 0.6 * frame.shape[1]), 1.0 + 0.32 * frame.shape[0]))
+    sns.heatmap(frame, annot=annotate, fmt=f".{digits}f", cmap="cividis", ax=ax, linewidths=0.5,
                 annot_kws={"fontsize": 7}, cbar_kws={"label": label})  # fmt: skip
     ax.set_title(title)
     ax.tick_params(axis="y", rotation=0)
@@ -265,7 +256,7 @@ def fields(found, *, patch):
     return figure
 
 
-def attention(images, maps, titles=None):
+def attention(images, maps, titles):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
     names, count = list(maps), len(images)
     figure, axes = plt.subplots(1 + len(names), count, figsize=(WIDTH, WIDTH / count * (1 + len(names)) * 1.06),
@@ -273,8 +264,7 @@ def attention(images, maps, titles=None):
     for i in range(count):
         picture = images[i].permute(1, 2, 0).cpu().numpy()
         axes[0][i].imshow(picture)
-        if titles:
-            axes[0][i].set_title(titles[i], fontsize=8)
+        axes[0][i].set_title(titles[i], fontsize=8)
         for row, name in enumerate(names, 1):
             large = torch.nn.functional.interpolate(maps[name][i][None, None].float().cpu(), picture.shape[:2])
             axes[row][i].imshow(picture.mean(2), cmap="gray")
@@ -287,12 +277,10 @@ def attention(images, maps, titles=None):
     return figure
 
 
-def table(rows, columns, by="arm"):
+def table(rows, columns):
     """A DataFrame to read: one line an arm, mean ± standard deviation over seeds, "not measured" where so."""
     lines = {}
-    for name, group in rows.groupby(by, sort=False):
-        lines[name] = {}
-        for column in columns:
-            lines[name][axis(column)] = over_seeds(group.get(column, []), column)
-        lines[name]["seeds"] = len(group)
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis(by)
+    for name, group in rows.groupby("arm", sort=False):
+        measured = {axis(column): over_seeds(group.get(column, []), column) for column in columns}
+        lines[name] = measured | {"seeds": len(group)}
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("arm")

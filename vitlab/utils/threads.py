@@ -80,8 +80,6 @@ def timings(most, rounds=5):
     import torch
 
     counts = sorted({2**k for k in range(most.bit_length()) if 2**k < most} | {most})
-    if len(counts) == 1:
-        return {most: _step_seconds()()}
     before, step, spent = torch.get_num_threads(), _step_seconds(), {count: [] for count in counts}
     try:
         for _ in range(rounds):
