@@ -31,8 +31,13 @@ def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
     assert all((a == b).all() for a, b in zip(fewer.state_dict().values(), plain.state_dict().values()))
 
 
+def test_the_newer_recipe_is_the_better_one(tiny):
+    before, after = (accuracy(checkpoint.load(DEMO / f"ours-cifar10{name}.safetensors"), tiny) for name in ("", "-muon"))
+    assert after > before
+
+
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 3 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 4 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6
