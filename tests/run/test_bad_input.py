@@ -14,6 +14,7 @@ SMALL = ["--dataset", "tiny", "--dim", "16", "--depth", "1", "--heads", "1", "--
 TRAIN = ["train", *SMALL, "--checkpoint", "{here}/new.safetensors"]
 MEASURE = ["measure", "--checkpoint", "{here}/model.safetensors", "--device", "cpu"]
 EVALUATE = ["evaluate", "--dataset", "tiny", "--device", "cpu", "--out", "{here}/out"]
+APPLY = ["apply", "{here}/model.safetensors", "--data", "tiny", "--device", "cpu", "--out", "{here}/new.safetensors"]
 RUN = ["run", "--preset", "tiny", "--only", "01"]
 
 CASES = {
@@ -48,6 +49,17 @@ CASES = {
     "unknown data": ([*RUN, "-p", "dataset=mnist"], "unknown data set 'mnist': allowed are cifar10"),
     "no such folder": ([*RUN, "-p", "dataset=folder:{here}/none"], "there is no folder"),
     "text for a number": ([*RUN, "-p", "seconds=soon"], "seconds = 'soon' is of type str"),
+    "nothing to apply": (APPLY, "nothing to do: give --prune 0.5, --reduce-tokens auto"),
+    "more than all": ([*APPLY, "--prune", "1.5"], "'1.5': a share between 0 and 1"),
+    "no such field": ([*APPLY, "--reduce-tokens", "r_min=.5"], "'r_min=.5': 'auto' or NAME=VALUE is needed, of r_max"),
+    "no such action": ([*APPLY, "--reduce-tokens", "action=burn"], "action='burn': choose one of drop"),
+    "auto and a number": ([*APPLY, "--reduce-tokens", "auto,r_max=.5"], "'auto' chooses how many tokens stay"),
+    "no such batch": ([*APPLY, "--prune", "0.5", "--batch", "1,0"], "'0': a whole number of at least 1"),
+    "a teacher without lessons": ([*APPLY, "--prune", "0.5", "--distill"], "--distill needs --fine-tune"),
+    "a recipe's slip": ([*APPLY, "--prune", "0.5", "--lrr", "1"], "unknown option --lrr: Recipe has lr"),
+    "apply to other classes": ([*APPLY, "--prune", "0.5"], "model.safetensors tells 3 classes apart, the data have 10"),
+    "nothing to export": (["export", "{here}/model.safetensors"], "nothing to do: give --onnx, --pt2"),
+    "export nothing": (["export", "{here}/none", "--pt2"], "none is not there"),
     "no jobs": ([*RUN, "--jobs", "0"], "'0': a whole number of at least 1"),
 }  # fmt: skip
 

@@ -32,7 +32,8 @@ def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
 
 
 def test_the_newer_recipe_is_the_better_one(tiny):
-    before, after = (accuracy(checkpoint.load(DEMO / f"ours-cifar10{name}.safetensors"), tiny) for name in ("", "-muon"))
+    files = [DEMO / f"ours-cifar10{name}.safetensors" for name in ("", "-muon")]
+    before, after = (accuracy(checkpoint.load(file), tiny) for file in files)
     assert after > before
 
 

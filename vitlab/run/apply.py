@@ -34,6 +34,7 @@ from vitlab.utils.device import example
 BEFORE, FREE, UNCUT, AFTER = "before", "pooled last block alone", "uncut, fine-tuned", "after"
 SHARES = (0.7, 0.8, 0.9)  # of the time before, that `auto` tries for, from the strongest on
 IMAGES, PASSES = 64, 40  # that `auto` looks at, and how often at most
+SECONDS = 2.0  # for each timing
 WORTH = 1.03  # faster by less is no gain: timings of one model differ by as much
 FINE_TUNE = {"lr": 2e-4, "warmup": 0.5, "smoothing": 0.1}
 
@@ -168,7 +169,7 @@ def sought(model, small, data, batch, fields):
         except BudgetImpossible:
             continue
         pair = {"whole": small, "fewer": reduce_tokens(small, found)}
-        timed = meters.compare(pair, images, warmup=2, seconds=1.0, min_runs=5)
+        timed = meters.compare(pair, images, warmup=2, seconds=SECONDS, min_runs=5)
         gain = timed["whole"].median_s / timed["fewer"].median_s
         if gain >= WORTH:
             print(f"tokens after each block: {' '.join(map(str, found.counts))}; {gain:.2f}x as fast at batch {batch}")
@@ -190,7 +191,7 @@ def compare(arms, costly, data, batches):
     for batch in batches:
         print(f"timing at batch {batch}, in turns", flush=True)
         images = example(models[BEFORE], shape, batch)
-        timed = meters.compare(models, images, warmup=2, seconds=2.0, min_runs=5)
+        timed = meters.compare(models, images, warmup=2, seconds=SECONDS, min_runs=5)
         for name, timing in timed.items():
             rows[name][batch] = timing.median_s
     for name, model in models.items():
