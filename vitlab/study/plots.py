@@ -55,8 +55,8 @@ def colours(names):
     return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
-def pictures(images, rows, *, columns=10):
-    """A sheet of uint8 images N C H W. rows: names written at the left of each row of `columns` images."""
+def pictures(images, rows, titles=(), *, columns=10):
+    """A sheet of uint8 images N C H W. rows: names at the left of each row of them; titles: above the first."""
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.75, len(rows) * 0.84), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -64,6 +64,8 @@ def pictures(images, rows, *, columns=10):
         ax.imshow(image.permute(1, 2, 0).cpu().numpy())
     for ax, name in zip(axes[:, 0], rows):
         ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=8)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=7, pad=2)
     return figure
 
 
