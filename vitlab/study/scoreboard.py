@@ -118,7 +118,7 @@ def chart(frame, panels, *, said=None):
             place = ax.transData.transform(at)
             if all(any(abs(place - other) > (90, 12)) for other in named):
                 named.append(place)
-                ax.annotate(name, at, (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top")
+                ax.annotate(name, at, (8, 0), textcoords="offset points", fontsize=7, va="center")
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
