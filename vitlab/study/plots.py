@@ -130,15 +130,20 @@ def tradeoff(rows, costs=("macs", "latency_ms")):
                 ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
                             label=name, markersize=7)  # fmt: skip
             ax.set(xscale="log")
-            low, high = ax.get_xlim()
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            plain_log(ax.xaxis)
         panels[0].set_ylabel(axis("accuracy_top1") + (f", {data}" if len(sets) > 1 else ""))
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax, cost in zip(axes[-1], costs):
         ax.set_xlabel(axis(cost))
     return figure
+
+
+def plain_log(axis_):
+    """Plain numbers on a logarithmic axis."""
+    low, high = axis_.get_view_interval()
+    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
+    axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis_.set_minor_formatter(NullFormatter())
 
 
 def bars(frame, *, unit):
