@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 USAGE_CODE = 2
-DEVICE = {"default": "auto", "help": "auto, cpu or cuda"}
-SKIP = {"action": "store_true", "help": "leave out images that cannot be read"}
 
 RUN_HELP = """\
 Run the notebooks and keep their executed copies in executed/<preset>/, figures in figures/<preset>/ and
@@ -49,8 +47,16 @@ def parser():
     """The parser with all sub-commands."""
     top = argparse.ArgumentParser(prog="vitlab", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_run, add_train, add_evaluate, add_measure, add_apply, add_export, add_report, add_data):
+    for add in (add_run, add_train, add_evaluate, add_measure, add_apply, add_export, add_data):
         add(commands)
+    commands.add_parser("report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md")
+    for name in ("train", "evaluate", "measure", "apply", "data"):
+        sub = commands.choices[name]
+        sub.add_argument("--skip-broken", dest="on_error", action="store_const", const="skip", default="raise",
+                         help="leave out images that cannot be read")
+        if name != "data":
+            sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                             help="default: cuda where there is one")
     return top
 
 
@@ -64,8 +70,8 @@ def add_run(commands):
     sub.add_argument("--seeds", type=seeds, metavar="0,1,2", help="these seeds instead of the preset's")
     sub.add_argument("-p", "--parameter", action="append", type=assignment, default=[], metavar="NAME=VALUE",
                      help="set a parameter of all chosen notebooks (VALUE as in YAML); may be repeated")
-    sub.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="so many notebooks or seeds side by "
-                     "side, the cores shared out; what was trained seed by seed is measured afterwards, alone")
+    sub.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="train so many notebooks and seeds "
+                     "side by side, the cores shared out; each notebook then runs alone and measures what was trained")
     resume = sub.add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", default=True,
                         help="skip what is up to date, go on with what was stopped (the default)")
@@ -89,12 +95,10 @@ def add_train(commands):
                      "folder:PATH")
     sub.add_argument("--ripple-stages", type=positive(int), help="with --attention ripple: 1 to 4 (published: 3)")
     sub.add_argument("--hydra-branches", type=positive(int), help="with --attention hydra: 1 to 8 (published: 4)")
-    sub.add_argument("--no-kernels", action="store_true", help="plain PyTorch in place of the fused kernels")
-    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes")
+    sub.add_argument("--no-kernels", action="store_const", const="off", help="plain PyTorch in place of our kernels")
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="where the model goes; "
+                     "TensorBoard's logs go to FILE.logs")
     sub.add_argument("--resume", action="store_true", help="go on with the run that was stopped at --checkpoint")
-    sub.add_argument("--logs", type=Path, metavar="DIR", help="TensorBoard's folder (default: FILE.logs)")
-    sub.add_argument("--device", **DEVICE)
-    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_evaluate(commands):
@@ -102,8 +106,6 @@ def add_evaluate(commands):
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="any model that vitlab wrote")
     sub.add_argument("--dataset", help="default: what the model was trained on")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json and figures")
-    sub.add_argument("--device", **DEVICE)
-    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_measure(commands):
@@ -114,8 +116,6 @@ def add_measure(commands):
     sub.add_argument("--batch-size", type=positive(int), default=256, help="images a pass for throughput and memory")
     sub.add_argument("--seconds", type=positive(float), default=2.0, help="for each timing")
     sub.add_argument("--out", type=Path, metavar="FILE", help="write the row as JSON, too")
-    sub.add_argument("--device", **DEVICE)
-    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_apply(commands):
@@ -131,8 +131,6 @@ def add_apply(commands):
     sub.add_argument("--distill", action="store_true", help="with the uncut model as the teacher")
     sub.add_argument("--batch", type=batches, default=[1, 64], metavar="1,64", help="images a pass that are timed")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the smaller model goes")
-    sub.add_argument("--device", **DEVICE)
-    sub.add_argument("--skip-broken", **SKIP)
 
 
 def add_export(commands):
@@ -145,19 +143,10 @@ def add_export(commands):
     sub.add_argument("--seconds", type=positive(float), default=1.0, help="for each timing")
 
 
-def add_report(commands):
-    sub = commands.add_parser(
-        "report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md", allow_abbrev=False,
-        description="Made from results/ and executed/ alone: RESULTS.md, CLAIMS.md and the marked parts of README.md.",
-    )
-    sub.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file is stale")
-
-
 def add_data(commands):
     sub = commands.add_parser("data", help="fetch, check and describe data sets", allow_abbrev=False)
     sub.add_argument("name", nargs="+", help="cifar10, cifar100, tiny-imagenet, tiny or folder:PATH")
     sub.add_argument("--root", help="where they are kept (default: VITLAB_DATA, else ~/.cache/vitlab)")
-    sub.add_argument("--skip-broken", **SKIP)
 
 
 # -------------------------------------------------------------------------------------------- values
@@ -256,6 +245,9 @@ def main(arguments=None):
         if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
             raise ValueError(f"{sys.executable} lacks {', '.join(missing)}: install requirements.lock into it, or name "
                              "another interpreter with VITLAB_PYTHON")  # fmt: skip
+        from vitlab.utils import threads
+
+        threads.wait_passively()  # kernels, too: they get this process's environment
         from vitlab.run import commands
 
         return getattr(commands, options.command)(options)

@@ -111,7 +111,7 @@ def test_missing_splits_are_cut_class_by_class(tmp_path):
     assert whole.image_size == 64
     parts = [set(rows(s.images)) for s in (whole.train, whole.val, whole.test)]
     assert len(set.union(*parts)) == 100
-    assert [len(load(name, root=tmp_path, val=v).val) for v in (0.2, 18, 19, 0)] == [18, 18, 9, 0]
+    assert [len(load(name, root=tmp_path, val=v).val) for v in (18, 19, 0)] == [18, 9, 0]
     other = load(name, root=tmp_path, seed=1)
     assert set(rows(other.test.images)) == parts[2] and set(rows(other.val.images)) != parts[1]
     assert len({whole.key, other.key, load(name, root=tmp_path, val=18).key}) == 3
@@ -125,7 +125,7 @@ def test_broken_images_are_named_or_skipped(tmp_path, capsys):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"a/empty\.jpg cannot be read as an image"):
             load(f"folder:{folder}", root=tmp_path)
-        found = load(f"folder:{folder}", root=tmp_path, on_error="skip", val=0.1)
+        found = load(f"folder:{folder}", root=tmp_path, on_error="skip", val=2)
         assert found.skipped == 2 and sum(map(len, (found.train, found.val, found.test))) == 23
         assert "2 broken" in repr(found)
     assert capsys.readouterr().out.count("2 of 25 images") == 1  # the second time from the cache

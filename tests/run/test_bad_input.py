@@ -18,6 +18,7 @@ APPLY = ["apply", "{here}/model.safetensors", "--data", "tiny", "--device", "cpu
 RUN = ["run", "--preset", "tiny", "--only", "01"]
 
 CASES = {
+    "no such device": ([*TRAIN, "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
     "lr diverges": ([*TRAIN, "--lr", "1e12", "--epochs", "2", "--warmup", "0"], "a lower lr (now 1e+12)"),
     "lr is text": ([*TRAIN, "--lr", "fast"], "--lr 'fast': float is needed"),
     "lr is negative": ([*TRAIN, "--lr", "-1"], "lr=-1.0: a finite number of at least 0"),

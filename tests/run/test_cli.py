@@ -100,6 +100,6 @@ def test_the_test_command_runs_every_stage_and_leaves_no_results(make):
 def test_data_describes_a_set_and_names_an_unknown_one(capsys):
     assert cli.main(["data", "tiny"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("tiny: train 2,000, val 500, test 500; 10 classes, 32 pixels, key ")
+    assert said.startswith("tiny: 2,000 train, 500 val, 500 test images of 3x32x32, 10 classes, key ")
     assert cli.main(["data", "mnist"]) == 2
     assert "unknown data set 'mnist'" in capsys.readouterr().err

@@ -91,12 +91,11 @@ def test_a_stopped_run_goes_on_and_ends_where_an_undisturbed_one_does(tmp_path, 
 @pytest.mark.parametrize("given, said", [
     (["--ripple-stages", "2"], "--ripple-stages needs --attention ripple"),
     (["--hydra-branches", "2", "--attention", "ripple"], "--hydra-branches needs --attention hydra"),
-    (["--no-kernels"], "--no-kernels is for"),
+    (["--no-kernels"], "--no-kernels needs --attention linear or ripple or hydra, not softmax"),
     (["--attention", "ripple", "--ripple-stages", "9"], "stages=9"),
     (["--heads", "3"], "heads=3"),
     (["--dataset", "mnist"], "mnist"),
     (["--resume"], "no run was stopped there"),
-    (["--device", "tpu"], "auto, cpu or cuda"),
 ])  # fmt: skip
 def test_mistakes_in_training_are_said_in_a_line(given, said, tmp_path, capsys):
     assert cli.main(["train", *SMALL, *given, "--checkpoint", str(tmp_path / "m.safetensors")]) == 2

@@ -9,7 +9,7 @@ from vitlab.run import notebooks, report, runner
 from vitlab.utils.files import write_json
 
 STEM = "05_tokens"
-README = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("projects", "findings", "status"))
+README = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("hero", "projects", "findings", "status"))
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_without_rows_there_are_no_findings(study):
 
 def test_a_readme_without_its_markers_is_refused(study):
     (study.source / "README.md").write_text("<!-- status -->\n")
-    with pytest.raises(ValueError, match="0 pairs of <!-- projects -->"):
+    with pytest.raises(ValueError, match="0 pairs of <!-- hero -->"):
         report.render(study.source)
 
 

@@ -99,9 +99,9 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
               set has no labels.
     root      folder with the data and their cache (root/cache); default $VITLAB_DATA, else ~/.cache/vitlab.
     val       size of the validation split that is cut out of the training set, class by class in proportion,
-              drawn from `seed`: a count, or a fraction of it below 1. 0 leaves `val` empty. It is not applied
-              where the data come with their own, as "tiny" and folders with a val folder do. In a folder's
-              images a count above a fifth of the training set means a tenth of it.
+              drawn from `seed`; 0 leaves `val` empty. It is not applied where the data come with their own, as
+              "tiny" and folders with a val folder do. In a folder's images a count above a fifth of the training
+              set means a tenth of it.
     size      height and width in pixels to scale to (bicubic, antialiased); default: as they are, 64 for
               folders (short side to 64, then the centre).
     on_error  "raise" stops at a broken image and names it; "skip" leaves it out and counts it in `.skipped`.
@@ -160,9 +160,8 @@ def _batches(split, batch_size, generator, drop_last):
 
 
 def _check(val, size, on_error):
-    whole = isinstance(val, int) and not isinstance(val, bool) and val >= 0
-    if not whole and not (isinstance(val, float) and 0 < val < 1):
-        raise ValueError(f"val={val!r}: a count of images (0 or more) or a fraction between 0 and 1")
+    if not isinstance(val, int) or isinstance(val, bool) or val < 0:
+        raise ValueError(f"val={val!r}: a count of images, 0 or more")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size={size!r}: pixels, at least 1, or None")
     if on_error not in ("raise", "skip"):
@@ -180,9 +179,8 @@ def _split(source, sums, name, val, seed):
         splits["test"] = Split(*taken[:2])
     if "val" not in splits:
         available = len(train[1])
-        count = round(val * available) if isinstance(val, float) else val
-        if name.startswith("folder:") and isinstance(val, int) and val > available / 5:
-            count = max(1, round(available / 10))
+        few = name.startswith("folder:") and val > available / 5
+        count = max(1, round(available / 10)) if few else val
         cut |= {"val": count, "seed": seed if count else None}
         train, taken = _carve(train, count, stream(seed, "validation split"), f"{name}: val={val}")
         splits["val"] = Split(*taken[:2])

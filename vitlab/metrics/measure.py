@@ -147,12 +147,11 @@ def show(value, column, unit=False):
     return f"{value * form.scale:,.{form.digits}f}" + (f" {form.unit}" if unit and form.unit else "")
 
 
-def measure(model, data=None, *, split="test", scores=None, shape=None, device=None, dtype=None,
-            batch=256, seconds=2.0, energy_seconds=3.0):
+def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256, seconds=2.0, energy_seconds=3.0):
     """Everything about one model as a flat row of plain values: COLUMNS, and what they hold for.
 
-    data: a Dataset, on whose `split` accuracy is read; scores: an Accuracy that is already known, in its
-    stead; with neither, the accuracy is None. shape: C H W (default: what the model takes, else the data).
+    data: a Dataset, on whose test images accuracy is read; without one the accuracy is None. shape: C H W (default:
+    what the model takes, else the data).
     device: the model is moved there (default: where it is). dtype: autocast. batch: images in a pass for
     throughput, peak memory and energy. seconds: time for each of latency and throughput.
 
@@ -173,9 +172,8 @@ def measure(model, data=None, *, split="test", scores=None, shape=None, device=N
             raise ValueError("measure() needs data or shape=(channels, height, width)")
         channels, side = data.test.images.shape[1::2]
         shape = (channels, input_size(model, side), input_size(model, side))
-    if scores is None and data is not None:
-        scores = accuracy(model, getattr(data, split), mean=data.mean, std=data.std,
-                          num_classes=data.num_classes, size=shape[-1], dtype=dtype)
+    scores = data and accuracy(model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes,
+                               size=shape[-1], dtype=dtype)  # fmt: skip
     by_ptflops, why_ptflops = ptflops_macs(model, shape)
     one, many = example(model, shape), example(model, shape, batch)
     single = latency(model, one, dtype=dtype, seconds=seconds)

@@ -241,7 +241,7 @@ def apply(options, device, recipe):
     """
     rng.seed_all(recipe.seed)
     data = datasets.load(options.data, device=device, size=image_size(options.model, options.data),
-                         on_error="skip" if options.skip_broken else "raise")  # fmt: skip
+                         on_error=options.on_error)  # fmt: skip
     print(data.describe(), flush=True)
     model, new = load_model(options.model, data.num_classes, device)
     if new and not options.fine_tune:

@@ -9,6 +9,13 @@ import typing
 from vitlab.models import checkpoint
 from vitlab.study import zoo
 
+# option of the command line -> what the attention calls it, the attentions that have it
+ATTENTION_OPTIONS = {
+    "ripple_stages": ("stages", ("ripple",)),
+    "hydra_branches": ("branches", ("hydra",)),
+    "no_kernels": ("kernels", ("linear", "ripple", "hydra")),
+}
+
 
 def recipe(given):
     """The published recipe with what is given; the warm-up in proportion to the epochs."""
@@ -33,30 +40,18 @@ def config(options, given):
     if kind == "vit":
         published = zoo.get("S4/baseline").config
         given = {f.name: getattr(published, f.name) for f in dataclasses.fields(cls)} | {"mlp_dim": None} | given
-        given["attention_args"] = (*given["attention_args"], *_attention_args(options, given["attention"]))
-    elif options.ripple_stages or options.hydra_branches or options.no_kernels:
-        raise ValueError(f"--ripple-stages, --hydra-branches and --no-kernels are for --model vit, not {options.model}")
+    for option, (name, owners) in ATTENTION_OPTIONS.items():
+        if (value := getattr(options, option)) is not None:
+            if (attention := given["attention"] if kind == "vit" else kind) not in owners:
+                wanted = f"--{option.replace('_', '-')} needs --attention {' or '.join(owners)}"
+                raise ValueError(f"{wanted}, not {attention}")
+            given["attention_args"] += ((name, value),)
 
     def make(data):
         size = {"image_size": data.image_size} if "image_size" in known else {}
         return cls(**{**size, **given, "num_classes": data.num_classes})
 
     return make
-
-
-def _attention_args(options, attention):
-    """(name, value) pairs for the attention class; an option of another attention is a ValueError."""
-    found = []
-    for option, owner, name in (("ripple_stages", "ripple", "stages"), ("hydra_branches", "hydra", "branches")):
-        if getattr(options, option) is not None:
-            if attention != owner:
-                raise ValueError(f"--{option.replace('_', '-')} needs --attention {owner}, not {attention}")
-            found.append((name, getattr(options, option)))
-    if options.no_kernels:
-        if attention == "softmax":
-            raise ValueError("--no-kernels is for linear, ripple and hydra attention; softmax has none of our kernels")
-        found.append(("kernels", "off"))
-    return found
 
 
 def typed(cls, given):
@@ -66,7 +61,7 @@ def typed(cls, given):
     for name, text in given.items():
         option = f"--{name.replace('_', '-')}"
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=3) or fields
+            near = difflib.get_close_matches(name, fields) or fields
             raise ValueError(f"unknown option {option}: {cls.__name__} has {', '.join(near)}")
         several = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         kinds = [typing.get_origin(kind) or kind for kind in several]

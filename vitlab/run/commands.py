@@ -5,16 +5,27 @@ import signal
 import sys
 import warnings
 
+import matplotlib
+import torch
+
+from vitlab.data import datasets
+from vitlab.metrics import measure as stick
+from vitlab.models import checkpoint, linear
+from vitlab.models.timm import TimmConfig
+from vitlab.run import choices, notebooks, runner
+from vitlab.run import report as pages
+from vitlab.study import plots
+from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
+from vitlab.utils import files, rng, threads
+from vitlab.utils.device import hold_memory
+from vitlab.utils.provenance import provenance
+
 STATE = ".training"  # appended to the checkpoint's name: what a stopped run goes on from
 INTERRUPTED_CODE, BUDGET_CODE = 130, 75
 
 
 def run(options):
     """Run what the options ask for."""
-    from vitlab.run import notebooks, runner
-    from vitlab.utils import threads
-
-    threads.wait_passively()  # kernels, too: they get this process's environment
     project = notebooks.project(options.project)
     if options.list:
         print(listing(project))
@@ -31,17 +42,13 @@ def run(options):
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_CODE
     print("\n" + runner.summary(project, jobs, outcomes), flush=True)
-    code = runner.exit_code(outcomes)
-    if any(o.status in (runner.PAUSED, runner.WAITING) for o in outcomes):
-        without = "" if options.resume else ", without --fresh,"
-        print(f"\nThe budget is spent; the same command{without} goes on from here.", flush=True)
+    if (code := runner.exit_code(outcomes)) == BUDGET_CODE:
+        print("\nThe budget is spent; the same command, without --fresh, goes on from here.", flush=True)
     return code
 
 
 def listing(project):
     """The notebooks, and where each preset stands, as text."""
-    from vitlab.run import notebooks, runner
-
     presets = notebooks.presets(project.source)
     standing = {(job.notebook.stem, preset): runner.standing(project, job)
                 for preset in presets for job in runner.plan(project, preset)}  # fmt: skip
@@ -50,57 +57,34 @@ def listing(project):
 
 
 def report(options):
-    """Write README's computed parts, RESULTS.md and CLAIMS.md, or say which of them are stale."""
-    from vitlab.run import notebooks, report
-
-    root = notebooks.project().source
-    changed = report.stale(root) if options.check else report.refresh(root)
-    for name in changed:
-        print(f"{name} is stale: run `vitlab report`" if options.check else f"{name} was written")
-    if not changed:
-        print("everything is up to date")
-    return int(options.check and bool(changed))
+    """Write README's computed parts, RESULTS.md and CLAIMS.md."""
+    changed = pages.refresh(notebooks.project().source)
+    print("\n".join(f"{name} was written" for name in changed) or "everything is up to date")
+    return 0
 
 
 def data(options):
     """Load each data set (which fetches, checks and caches it) and print what is in it."""
-    from vitlab.data.datasets import load
-
     for name in options.name:
-        found = load(name, root=options.root, on_error=_on_error(options))
-        parts = ", ".join(f"{part} {len(getattr(found, part)):,}" for part in ("train", "val", "test"))
-        print(f"{name}: {parts}; {found.num_classes} classes, {found.image_size} pixels, key {found.key}")
+        print(datasets.load(name, root=options.root, on_error=options.on_error).describe())
     return 0
 
 
 def train(options):
     """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
-    from vitlab.utils import threads
-
-    threads.wait_passively()
-    from vitlab.data import datasets
-    from vitlab.models import checkpoint, linear
-    from vitlab.run import choices
-    from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
-    from vitlab.utils import rng
-    from vitlab.utils.provenance import provenance
-
     state, device = _fresh_or_resumed(options), _device(options.device)
     given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
     in_recipe = {f.name for f in dataclasses.fields(Recipe)}
     recipe = choices.recipe({name: given.pop(name) for name in in_recipe & given.keys()})
     make = choices.config(options, given)
-    data = datasets.load(options.dataset, device=device, on_error=_on_error(options))
-    if len(data.train) < recipe.batch and "batch_size" not in options.fields:
-        print(f"batch {len(data.train)} in place of {recipe.batch}, as there are no more training images")
-        recipe = dataclasses.replace(recipe, batch=len(data.train))
+    data = datasets.load(options.dataset, device=device, on_error=options.on_error)
     config = make(data)
     rng.seed_all(recipe.seed)
     model = config.build().to(device)
     print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
-    logs = options.logs or options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
+    logs = options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
     if not options.resume:
         _graph(config.build(), logs)
     try:
@@ -119,11 +103,7 @@ def train(options):
 
 def apply(options):
     """Make a model cheaper as asked, and say whether that paid."""
-    from vitlab.utils import threads
-
-    threads.wait_passively()
     from vitlab.run import apply
-    from vitlab.train.loop import BudgetSpent, NotFinite
 
     recipe, device = apply.checked(options), _device(options.device)
     print(threads.choose(), flush=True)
@@ -139,9 +119,6 @@ def apply(options):
 
 def export(options):
     """Write a checkpoint in the formats asked for, check them, and time them."""
-    from vitlab.utils import threads
-
-    threads.wait_passively()
     from vitlab.run import export
 
     return export.export(options)
@@ -151,19 +128,12 @@ def evaluate(options):
     """Accuracy on the test images, overall and by class: printed, and results.json, confusion.png/.pdf in --out."""
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; give the name of a folder")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from vitlab.metrics import measure as stick
-    from vitlab.study import plots
-    from vitlab.utils import files
-    from vitlab.utils.provenance import provenance
-
     device = _device(options.device)
     model, data = _model_and_data(options, device)
     if data is None:
         raise ValueError(f"{options.checkpoint} does not tell what it was trained on: give --dataset")
     score = stick.accuracy(model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes)
+    matplotlib.use("Agg")
     plots.theme()
     title = f"{options.checkpoint.stem} on {data.name}, test images"
     plots.save(plots.confusion(score.confusion, data.classes, title=title), options.out / "confusion")
@@ -174,10 +144,9 @@ def evaluate(options):
     top5 = f", top-5 {score.top5:.2f} %" if score.top5 is not None else ""
     print(f"top-1 {score.top1:.2f} %{top5}, NLL {score.loss:.3f}, calibration error {100 * score.ece:.2f} % "
           f"on {score.n:,} test images")  # fmt: skip
-    ranked = sorted((c for c in by_class.items() if c[1] is not None), key=lambda c: -c[1])
-    shown = ranked if len(ranked) <= 20 else [*ranked[:5], ("...", None), *ranked[-5:]]
-    for name, value in shown:
-        print(f"  {name}" if value is None else f"  {value:6.2f} %  {name}")
+    print("the hardest classes:")
+    for value, name in sorted((v, name) for name, v in by_class.items() if v is not None)[:10]:
+        print(f"  {value:6.2f} %  {name}")
     print(f"{options.out}: results.json, confusion.png, confusion.pdf")
     return 0
 
@@ -188,16 +157,9 @@ def measure(options):
         raise ValueError("measure needs either --checkpoint FILE or --timm NAME")
     if options.out and options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; give the name of a file")
-    from vitlab.metrics import measure as stick
-    from vitlab.utils import files
-    from vitlab.utils.provenance import provenance
-
     device = _device(options.device)
     if options.timm:
-        from vitlab.data import datasets
-        from vitlab.models.timm import TimmConfig
-
-        data = datasets.load(options.dataset, on_error=_on_error(options)) if options.dataset else None
+        data = datasets.load(options.dataset, on_error=options.on_error) if options.dataset else None
         classes = {"num_classes": data.num_classes} if data else {}
         model = TimmConfig(name=options.timm, **classes).build().to(device)
     else:
@@ -217,21 +179,11 @@ def measure(options):
 # ------------------------------------------------------------------------------------------- helpers
 
 def _device(name):
-    import torch
-
-    from vitlab.utils.device import hold_memory
-
     hold_memory()
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose auto, cpu or cuda")
     has = torch.cuda.is_available()
     if name == "cuda" and not has:
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
     return torch.device("cuda" if name != "cpu" and has else "cpu")
-
-
-def _on_error(options):
-    return "skip" if options.skip_broken else "raise"
 
 
 def _shape(config):
@@ -242,18 +194,15 @@ def _fresh_or_resumed(options):
     """The path of the training state; errors where --resume does not fit what is there."""
     state = options.checkpoint.with_name(options.checkpoint.name + STATE)
     if options.resume and not state.exists():
-        why = "its run is finished" if options.checkpoint.exists() else "no run was stopped there"
-        raise FileNotFoundError(f"--resume: {state} does not exist ({why})")
-    if not options.resume and state.exists():
-        raise ValueError(f"{state} is a run that was stopped: --resume goes on with it; remove it to start afresh")
-    if not options.resume and options.checkpoint.exists():
-        raise ValueError(f"{options.checkpoint} exists: give --checkpoint another name, or remove it")
+        raise ValueError(f"--resume: {state} does not exist: no run was stopped there, or it is finished")
+    for path in () if options.resume else (state, options.checkpoint):
+        if path.exists():
+            raise ValueError(f"{path} exists: remove it, name another --checkpoint, or go on with --resume")
     return state
 
 
 def _graph(model, folder):
     """Write the model's graph for TensorBoard; a model that cannot be traced costs its graph, not the run."""
-    import torch
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as writer, warnings.catch_warnings():
@@ -268,14 +217,11 @@ def _graph(model, folder):
 
 def _model_and_data(options, device, default=True):
     """The checkpoint's model and the data set asked for; by default the one that it was trained on; else None."""
-    from vitlab.data import datasets
-    from vitlab.models import checkpoint
-
     model = checkpoint.load(options.checkpoint, device)
     name = options.dataset or (checkpoint.read(options.checkpoint).about.get("dataset") if default else None)
     if not name:
         return model, None
-    data = datasets.load(name, device=device, on_error=_on_error(options))
+    data = datasets.load(name, device=device, on_error=options.on_error)
     if model.config.num_classes != data.num_classes:
         raise ValueError(f"{options.checkpoint} has {model.config.num_classes} classes, {name} has {data.num_classes}")
     return model, data

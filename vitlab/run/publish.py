@@ -10,7 +10,6 @@ import nbformat
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from vitlab.run.notebooks import ADDED, INJECTED
-from vitlab.utils.files import write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -65,9 +64,3 @@ def clean(node, project):
         cells.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
-
-
-def save(node, path, said):
-    """Write the notebook, with what it says of its run (`marks` reads that), whole or not at all."""
-    node.metadata["vitlab"] = said
-    write_text(path, nbformat.writes(node, version=4) + "\n")

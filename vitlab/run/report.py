@@ -35,7 +35,8 @@ def render(root):
     """{file name: text} of the three files."""
     evidence = Evidence(root)
     readme = (evidence.root / "README.md").read_text(encoding="utf-8")
-    parts = {"projects": projects(evidence), "findings": findings(evidence), "status": status(evidence)}
+    parts = {"hero": hero(evidence.root), "projects": projects(evidence), "findings": findings(evidence),
+             "status": status(evidence)}  # fmt: skip
     return {"README.md": fill(readme, parts), "RESULTS.md": results(evidence), "CLAIMS.md": claims_page(evidence)}
 
 
@@ -63,22 +64,24 @@ def fill(text, parts):
 
 
 class Evidence:
-    """What is committed: for each notebook its jobs by preset, the best preset with rows, those rows.
+    """What there is: for each notebook its jobs by preset, the best preset with rows, those rows.
+
+    presets: the best first. root: where rows lie, if not with the notebooks.
 
     Two columns are added to them: `model`, the published model that an arm stands for, and `why` it is stale ("": not).
     """
 
-    def __init__(self, root):
-        self.root = Path(root)
-        self.project = nb.Project(self.root, self.root)
-        self.notebooks = nb.find(root)
-        present = [p for p in PRESETS if p in nb.presets(root)]
+    def __init__(self, source, presets=PRESETS, root=None):
+        self.root = Path(root or source)
+        self.project = nb.Project(Path(source), self.root)
+        self.notebooks = nb.find(source)
+        present = [p for p in presets if p in nb.presets(source)]
         self.jobs = {(j.notebook.stem, p): j for p in present for j in runner.plan(self.project, p)}
         self.preset, self.rows, self.stamp = {}, {}, {}
         for notebook in self.notebooks:
             stem = notebook.stem
             for preset in present[::-1]:
-                if "arm" in (rows := read_rows(root, preset, stem)):
+                if "arm" in (rows := read_rows(self.root, preset, stem)):
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
             if stem in self.preset:
                 self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
@@ -109,6 +112,13 @@ def markdown(headings, lines):
 
 
 # -------------------------------------------------------------------------------------------- README
+
+def hero(root):
+    """The scoreboard's picture, of the best preset that has one."""
+    found = [p for p in (f"figures/{preset}/07_scoreboard/hero.png" for preset in PRESETS) if (root / p).exists()]
+    told = "Change in accuracy against measured speed-up; hollow stars: where the projects said they would be"
+    return f"![{told}]({found[0]})\n" if found else "The picture comes with notebook 07.\n"
+
 
 def projects(evidence):
     """The table of the five projects: what each claims most, and what became of it here."""
@@ -201,10 +211,15 @@ def _mean(values, column):
     return text + (f" ± {show(float(values.std(ddof=1)), column)}" if values.nunique() > 1 else "")
 
 
+def judged(evidence):
+    """The verdicts on all claims by what the notebooks found, under the present rules."""
+    files = [(evidence.special(stem, "claims"), stem) for stem in evidence.preset]
+    return verdicts.settled((found, evidence.stale(stem, found)) for found, stem in files)
+
+
 def claims_page(evidence):
     """CLAIMS.md: every claim with what was measured and its verdict."""
-    files = [(evidence.special(stem, "claims"), stem) for stem in evidence.preset]
-    settled = verdicts.settled((found, evidence.stale(stem, found)) for found, stem in files)
+    settled = judged(evidence)
     frame = verdicts.counts(settled).rename_axis(None)
     frame.loc["all"] = frame.sum()
     totals = markdown(["project", *frame], [[name, *row] for name, row in zip(frame.index, frame.to_numpy())])

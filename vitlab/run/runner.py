@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 
 import nbformat
 
+from vitlab.data import sources
 from vitlab.run import notebooks as nb
 from vitlab.run import publish, stamps
 from vitlab.run.execution import execute, kill
+from vitlab.train.progress import clock
+from vitlab.utils import files
+from vitlab.utils.provenance import provenance
 
 DONE, SKIPPED, PAUSED, FAILED, WAITING = "done", "up to date", "paused", "failed", "not started"
 PAUSED_CODE, FAILED_CODE = 75, 1
@@ -48,11 +52,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: status, wall time in seconds (None where it did not run), what to know."""
+    """What became of a job: status, wall time in seconds, what to know."""
 
     stem: str
     status: str
-    wall_s: float | None = None
+    wall_s: float = 0.0
     note: str = ""
 
 
@@ -82,10 +86,8 @@ def choose_preset():
     """(preset, why): `gpu` where CUDA is found and CIFAR can be had, else `tiny`."""
     if not (device := cuda_device()):
         return "tiny", "no CUDA device"
-    from vitlab.data.sources import home
-
     where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "~/.cache/vitlab"
-    if any((home() / name).exists() for name in CIFAR):
+    if any((sources.home() / name).exists() for name in CIFAR):
         return "gpu", f"{device}, CIFAR under {where}"
     with contextlib.suppress(OSError), socket.create_connection(("www.cs.toronto.edu", 443), timeout=5):
         return "gpu", f"{device}, CIFAR can be downloaded"
@@ -109,8 +111,6 @@ def plan(project, preset, only=(), seeds=None, overrides=None):
         nb.check_parameters(notebook, extra)
         jobs.append(Job(notebook, preset, values[notebook.stem] | extra))
     if overrides.get("dataset") not in (None, "", "tiny"):
-        from vitlab.data import sources
-
         sources.plan(overrides["dataset"], sources.home())
     return jobs
 
@@ -154,7 +154,7 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
         else:
             print(f"\n=== {stem} ({job.preset}), {position} of {len(jobs)}: {state}", flush=True)
             outcome = run_one(project, job, terms)
-            print(f"=== {stem}: {outcome.status}, {duration(outcome.wall_s)} {outcome.note}", flush=True)
+            print(f"=== {stem}: {outcome.status}, {clock(outcome.wall_s)} {outcome.note}", flush=True)
         outcomes.append(outcome)
     return outcomes
 
@@ -182,12 +182,11 @@ def _side_by_side(project, parts, terms):
 
 
 def run_one(project, job, terms, part=""):
-    """Run one notebook and keep its executed copy; the Outcome. Only Ctrl-C (KeyboardInterrupt) gets out.
+    """Run one notebook and keep its executed copy; the Outcome.
 
     part: the name of this one seed of a notebook: what counts are the arms it trains, and no copy is kept.
     """
-    stem = job.notebook.stem
-    label = part or stem
+    stem, label = job.notebook.stem, part or job.notebook.stem
     scratch = project.root / ".state" / "run" / job.preset / f"{label}.ipynb"
     scratch.parent.mkdir(parents=True, exist_ok=True)
     scratch.unlink(missing_ok=True)
@@ -201,7 +200,7 @@ def run_one(project, job, terms, part=""):
     if terms.stopped.is_set() or (error and error[0] == "BudgetSpent") or (overran and end == terms.limit):
         return Outcome(stem, PAUSED, wall, "budget spent")
     if overran:
-        error = ("TimeoutError", f"stopped after {duration(terms.timeout)} (--notebook-timeout)", "")
+        error = ("TimeoutError", f"stopped after {clock(terms.timeout)} (--notebook-timeout)", "")
     if scratch.exists() and not part:
         _publish(project, job, scratch, {"status": FAILED if error else DONE, "stamp": stamp, "wall_s": wall})
     if not error:
@@ -234,17 +233,14 @@ def environment(root, stamp, terms):
 
 def _publish(project, job, scratch, said):
     """Keep the executed copy, with what ran, from which code, on what, and how that went (`said`)."""
-    from vitlab.utils.provenance import provenance
-
     origin = provenance("cpu")  # asking for "cuda" would make a context on the GPU in this process
-    said |= {name: origin[name] for name in ("commit", "dirty", "versions", "finished")} | {
+    node = publish.clean(nbformat.read(scratch, as_version=4), project)
+    node.metadata["vitlab"] = origin | said | {
         "device": cuda_device() or origin["device"], "preset": job.preset, "parameters": job.parameters,
         "rows": len(job.rows(project)),
     }  # fmt: skip
-    failed = said["status"] == FAILED
-    node = publish.clean(nbformat.read(scratch, as_version=4), project)
-    publish.save(node, job.copy(project, failed), said)
-    if not failed:
+    files.write_text(job.copy(project, said["status"] == FAILED), nbformat.writes(node, version=4) + "\n")
+    if said["status"] == DONE:
         job.copy(project, failed=True).unlink(missing_ok=True)
     scratch.unlink()
 
@@ -257,33 +253,22 @@ def exit_code(outcomes):
     return FAILED_CODE if FAILED in statuses else PAUSED_CODE if statuses & {PAUSED, WAITING} else 0
 
 
-def duration(seconds):
-    """Seconds as a person writes them: 4.2 s, 3 min 05 s, 1 h 12 min."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def summary(project, jobs, outcomes):
     """The table at the end: notebook, status, wall time, where its outputs are."""
-    lines = [(o.stem, o.status, duration(o.wall_s), _outputs(project, job, o)) for job, o in zip(jobs, outcomes)]
-    return columns([("notebook", "status", "time", "outputs"), *lines])
+    lines = [("notebook", "status", "time", "outputs")]
+    for job, outcome in zip(jobs, outcomes):
+        copy = job.copy(project, outcome.status == FAILED)
+        found = [str(copy.relative_to(project.root))] if copy.exists() else []
+        for what, pattern in (("figures", "*.png"), ("results", "*.json")):
+            folder = f"{what}/{job.preset}/{outcome.stem}/"
+            if count := len(list(project.root.glob(folder + pattern))):
+                found.append(f"{folder} ({count})")
+        note = f" [{outcome.note}]" if outcome.note else ""
+        lines.append((outcome.stem, outcome.status, clock(outcome.wall_s), ", ".join(found) + note))
+    return columns(lines)
 
 
 def columns(lines):
     """Lines of cells as text, all but the last column padded."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[-1]]) for line in lines)
-
-
-def _outputs(project, job, outcome):
-    copy, figures = job.copy(project, outcome.status == FAILED), f"figures/{job.preset}/{outcome.stem}/"
-    found = [str(copy.relative_to(project.root))] if copy.exists() else []
-    if count := len(list(project.root.glob(f"{figures}*.png"))):
-        found.append(f"{figures} ({count} figures)")
-    if count := len(job.rows(project)):
-        found.append(f"results/{job.preset}/{outcome.stem}/ ({count} rows)")
-    return ", ".join(found) + (f" [{outcome.note}]" if outcome.note else "")

@@ -81,7 +81,9 @@ def bare(code):
     if tree is None:
         return code
     lines = code.splitlines()
-    dropped = [(n.lineno, n.col_offset, n.end_lineno, n.end_col_offset) for n in map(_docstring, ast.walk(tree)) if n]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)]
+    dropped = [(n.lineno, n.col_offset, n.end_lineno, n.end_col_offset) for n in texts]
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
@@ -90,11 +92,6 @@ def bare(code):
     for first, start, last, end in sorted(dropped, reverse=True):
         lines[first - 1 : last] = [lines[first - 1][:start] + lines[last - 1][end:]]
     return "\n".join(line.decode().rstrip() for line in lines if line.strip())
-
-
-def _docstring(node):
-    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    return node.body[0] if documented and ast.get_docstring(node, clean=False) is not None else None
 
 
 def _parsed(code):

@@ -55,8 +55,8 @@ def colours(names):
     return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
-def pictures(images, rows, *, columns=10):
-    """A sheet of uint8 images N C H W. rows: names written at the left of each row of `columns` images."""
+def pictures(images, rows, titles=(), *, columns=10):
+    """A sheet of uint8 images N C H W. rows: names at the left of each row of them; titles: above the first."""
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.75, len(rows) * 0.84), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -64,6 +64,8 @@ def pictures(images, rows, *, columns=10):
         ax.imshow(image.permute(1, 2, 0).cpu().numpy())
     for ax, name in zip(axes[:, 0], rows):
         ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=8)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=7, pad=2)
     return figure
 
 
@@ -128,15 +130,20 @@ def tradeoff(rows, costs=("macs", "latency_ms")):
                 ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
                             label=name, markersize=7)  # fmt: skip
             ax.set(xscale="log")
-            low, high = ax.get_xlim()
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            plain_log(ax.xaxis)
         panels[0].set_ylabel(axis("accuracy_top1") + (f", {data}" if len(sets) > 1 else ""))
         panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax, cost in zip(axes[-1], costs):
         ax.set_xlabel(axis(cost))
     return figure
+
+
+def plain_log(axis_):
+    """Plain numbers on a logarithmic axis."""
+    low, high = axis_.get_view_interval()
+    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
+    axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis_.set_minor_formatter(NullFormatter())
 
 
 def bars(frame, *, unit):

@@ -112,7 +112,7 @@ def cut(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{"action": "drop"}, {"action": "drop", "score": "value", "rule": "published"}, {"action": "fuse"},
+    [{"action": "drop"}, {"action": "drop", "score": "cls-ema", "rule": "published"}, {"action": "fuse"},
      {"action": "ward", "pooled_last": True}, {"action": "edge", "metric": "input", "score": "received"}],
     ids=lambda o: "-".join(map(str, o.values())),
 )  # fmt: skip

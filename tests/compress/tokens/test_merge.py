@@ -24,7 +24,7 @@ def sets(plan, row, tokens):
 
 def test_drop_keeps_the_best_in_order():
     score = draw(3, 9)
-    plan = merge.drop(score, 4, prefix=1)
+    plan = merge.plans("drop", 4, 1, score=score)[0]
     x = draw(3, 10, 5, seed=1)
     for i in range(3):
         best = sorted(score[i].argsort(descending=True)[:4].tolist())

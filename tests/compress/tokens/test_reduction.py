@@ -60,7 +60,7 @@ def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
 @pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "edge"), (BASE, "fuse")])
 def test_no_graph_break_anywhere(kind, action):
     torch.compiler.reset()
-    model = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, score="cls-ema", late=-1)
+    model = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, score="cls-ema")
     images = pictures(2, side=16)
     traced = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-4)
@@ -107,7 +107,7 @@ def test_copies_pickles_and_files_hold_the_whole_model(tmp_path):
     ("options", "message"),
     [({"score": "x"}, "score='x'"), ({"action": "x"}, "action='x'"), ({"rule": "x"}, "rule='x'"),
      ({"counts": (9, 9)}, "2 entries"), ({"counts": (9, 10, 9, 9)}, "at most the one before"),
-     ({"counts": (9, 9, 9, 1)}, "always stay"), ({"late": 9}, "late=9"), ({"power": -1}, "power=-1"),
+     ({"counts": (9, 9, 9, 1)}, "always stay"), ({"power": -1}, "power=-1"),
      *(({"action": "fuse", "score": score}, "not positive") for score in SIGNED)],
 )  # fmt: skip
 def test_wrong_options_are_named(options, message):

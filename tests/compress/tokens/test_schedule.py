@@ -21,11 +21,11 @@ def test_schedule_reproduces_the_published_lists(alpha, expected):
     assert schedule(145, 8, 0.6, alpha, rule="exact") == expected
 
 
-def test_schedule_has_floors_and_protected_blocks():
-    assert schedule(17, 4, 0.9, 1.0, minimum=5) == [13, 7, 6, 6]
+def test_schedule_has_a_floor_and_protected_blocks():
+    assert schedule(17, 4, 0.99, 0.1) == [3, 2, 2, 2]
     assert schedule(17, 4, 0.5, 1.0, protect=(0, -1)) == [17, 13, 8, 8]
     assert schedule(10, 1, 0.3, 1.0, prefix=0) == [7]  # 10 * 0.7 is 6.999... in floating point
-    for wrong in ({"r_max": 1.0}, {"alpha": 0}, {"rule": "x"}, {"minimum": 0}, {"protect": (9,)}):
+    for wrong in ({"r_max": 1.0}, {"alpha": 0}, {"rule": "x"}, {"protect": (9,)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             schedule(17, 4, **wrong)
 
@@ -35,7 +35,7 @@ def test_a_constant_schedule_is_tomes():
     assert schedule(17, 4, 0.125, kind="constant", prefix=1) == [15, 13, 11, 9]
     # 2.4 a block, caught up with after block 0
     assert schedule(17, 4, 0.15, kind="constant", protect=(0,)) == [17, 12, 9, 7]
-    assert schedule(17, 4, 0.3, kind="constant", minimum=5) == [12, 7, 6, 6]
+    assert schedule(17, 4, 0.3, kind="constant") == [12, 7, 2, 2]
     with pytest.raises(ValueError, match="schedule='x'"):
         schedule(17, 4, kind="x")
 

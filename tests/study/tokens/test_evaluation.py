@@ -31,7 +31,7 @@ def test_an_evaluator_counts_what_it_sees(evaluator, tiny):
 def test_a_sweep_has_every_setting_and_the_mean_over_seeds(evaluator):
     rows = ts.sweep([evaluator, evaluator], {"drop": {}, "merge": {"action": "merge"}}, [1.0, 2.0], (0.3, 0.8))
     assert len(rows) == 8 and set(rows.method) == {"drop", "merge"}
-    assert (rows["std"] == 0).all() and rows.latency_ms.isna().all()
+    assert rows.latency_ms.isna().all()
     one = rows[(rows.method == "merge") & (rows.alpha == 2.0) & (rows.r_max == 0.8)].iloc[0]
     model = reduce_tokens(evaluator.plain, alpha=2.0, r_max=0.8, action="merge")
     assert one.tokens == model.tokens and one.accuracy == evaluator.evaluate(model)["accuracy"]

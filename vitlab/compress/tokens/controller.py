@@ -17,34 +17,19 @@ from vitlab.utils.device import evaluating
 
 
 class PruneFrom:
-    """Switch a `TokenViT` to its reduction at epoch `start` (from 0): the plain model is trained until then.
+    """Switch a `TokenViT` to its reduction at epoch `start` (from 0): the plain model is trained until then."""
 
-    ramp: epochs over which r_max rises linearly to its full value (0: at once).
-    """
-
-    def __init__(self, start, ramp=0):
-        if start < 0 or ramp < 0:
-            raise ValueError(f"start={start}, ramp={ramp}: epochs of at least 0 are needed")
-        self.start, self.ramp, self.full = start, ramp, None
+    def __init__(self, start):
+        if start < 0:
+            raise ValueError(f"start={start}: an epoch of at least 0 is needed")
+        self.start = start
 
     def __call__(self, epoch, model, history):
         model.active = epoch >= self.start
-        if self.ramp:
-            if model.token_config.counts is not None:
-                raise ValueError("ramp needs a schedule of r_max and alpha, not outright counts")
-            self.full = model.token_config.r_max if self.full is None else self.full
-            part = min(1.0, max(0, epoch - self.start + 1) / self.ramp)
-            model.reduce_by(r_max=self.full * part)
 
     def describe(self):
         """What makes an arm that is trained with it another arm, as plain data."""
-        return {"prune from": self.start, "ramp": self.ramp}
-
-    def state_dict(self):
-        return {"full": self.full}
-
-    def load_state_dict(self, state):
-        self.full = state["full"]
+        return {"prune from": self.start}
 
 
 class SlopeSchedule:
@@ -55,27 +40,25 @@ class SlopeSchedule:
     """
 
     def __init__(self, r_max=0.6, start=1, step=0.1, window=3, rise=0.2, fall=-0.2):
+        self.settings = {"r_max": r_max, "start": start, "step": step, "window": window, "rise": rise, "fall": fall}
+        self.now = 0.0
         if not 0 < step <= 1 or not 0 <= r_max < 1 or window < 2 or fall > rise:
-            raise ValueError(
-                f"r_max={r_max}, step={step}, window={window}, rise={rise}, fall={fall}: r_max in [0, 1), step "
-                "in (0, 1], at least 2 epochs and fall <= rise are needed"
-            )
-        self.r_max, self.start, self.step, self.window = r_max, start, step, window
-        self.rise, self.fall, self.now = rise, fall, 0.0
+            allowed = "r_max in [0, 1), step in (0, 1], window of at least 2 epochs and fall <= rise"
+            raise ValueError(f"{self.settings}: {allowed} are needed")
 
     def __call__(self, epoch, model, history):
-        curve = [v for v in history["val_accuracy"] if v is not None][-self.window :]
-        if epoch >= self.start and len(curve) > 1:
-            change = slope(curve)
-            self.now += self.step * ((change > self.rise) - (change < self.fall))
-            self.now = min(max(self.now, 0.0), self.r_max)
+        has = self.settings
+        curve = [v for v in history["val_accuracy"] if v is not None][-has["window"] :]
+        if epoch >= has["start"] and len(curve) > 1:
+            slope = statistics.linear_regression(range(len(curve)), curve).slope  # points an epoch
+            self.now += has["step"] * ((slope > has["rise"]) - (slope < has["fall"]))
+            self.now = min(max(self.now, 0.0), has["r_max"])
         model.active = self.now > 0
         model.reduce_by(r_max=self.now, counts=None)
 
     def describe(self):
         """What makes an arm that is trained with it another arm, as plain data."""
-        names = ("r_max", "start", "step", "window", "rise", "fall")
-        return {"by slope": {name: getattr(self, name) for name in names}}
+        return {"by slope": self.settings}
 
     def state_dict(self):
         return {"now": self.now}
@@ -84,54 +67,37 @@ class SlopeSchedule:
         self.now = state["now"]
 
 
-def slope(values):
-    """Least-squares slope of equally spaced values, per step."""
-    return statistics.linear_regression(range(len(values)), values).slope
-
-
 class AdaptiveViT(nn.Module):
     """A TokenViT whose reduction hangs on the image: one of `levels`, from gentle to strong.
 
-    levels: TokenConfigs that leave the first `look` blocks alone. The choice is made after those blocks, by the
-    entropy of the attention that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an
-    image with entropy below thresholds[i - 1] (which must fall), or by a `Controller` if one is given.
-    per: "image": each image by itself: its batch-mates do not matter; images of one level run together
-    (the device is asked once a batch how many there are). "batch": one level for all by their mean entropy,
-    as published; for training only, since then a prediction does hang on its batch-mates: eval mode
-    goes by image whatever `per` says.
+    levels: TokenConfigs that leave the first block alone. The choice is made after it, by the entropy of the attention
+    that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an image with entropy below
+    thresholds[i - 1] (which must fall), or by a `controller` once `fit_controller` has set one.
+    per: "image": each image by itself; images of one level run together (the device is asked once a batch how
+    many there are). "batch": one level for all by their mean entropy, as published; for training only, since
+    then a prediction does hang on its batch-mates: eval mode goes by image whatever `per` says.
     """
 
-    def __init__(self, model, levels, thresholds=(), *, look=1, controller=None, per="image"):
+    def __init__(self, model, levels, thresholds, *, per="image"):
         super().__init__()
         if per not in ("image", "batch"):
             raise ValueError(f"per={per!r}: choose one of image, batch")
-        if not 1 <= look < model.adapter.depth:
-            raise ValueError(f"look={look}: between 1 and {model.adapter.depth - 1} blocks come before the choice")
-        if controller is None and (len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]):
+        if len(thresholds) != len(levels) - 1 or list(thresholds) != sorted(thresholds)[::-1]:
             raise ValueError(f"thresholds={thresholds}: {len(levels) - 1} falling numbers are needed")
-        self.model, self.controller, self.look, self.per = model, controller, look, per
-        self.thresholds = tuple(thresholds)
+        self.model, self.controller, self.per, self.thresholds = model, None, per, tuple(thresholds)
         self.reducers = [Reducer(model.adapter, level) for level in levels]
         whole = model.adapter.prefix + model.adapter.patches
-        for level in self.reducers:
-            if level.counts[look - 1] < whole:
-                raise ValueError(f"a level removes tokens before the choice: protect the first {look} blocks")
+        if any(level.counts[0] < whole for level in self.reducers):
+            raise ValueError("a level removes tokens before the choice: protect the first block")
         self.shares = [sum(level.counts) / (len(level.counts) * whole) for level in self.reducers]  # of all tokens
         self.used = [0] * len(levels)  # images seen at each level, in eval mode
 
-    @property
-    def config(self):
-        return self.model.config
-
     def gaze(self, images):
-        """(entropy B, features B F, the sequence after the first `look` blocks)."""
+        """(entropy B, features B F, the sequence after the first block)."""
         reducer = self.reducers[-1]
         state = reducer.start(images, record=True)
-        for layer in range(self.look - 1):
-            state = reducer.block(layer, state)
-        view = reducer.view(self.look - 1, state)
-        state = reducer.block(self.look - 1, state)
-        return entropy(view), features(view), state
+        view = reducer.view(0, state)
+        return entropy(view), features(view), reducer.block(0, state)
 
     def level(self, images):
         """Level of each image, int64 B, and the sequence so far."""
@@ -152,7 +118,7 @@ class AdaptiveViT(nn.Module):
             if len(rows):
                 # the sequence of these images
                 picked = type(state)(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
-                parts.append(reducer.finish(picked, self.look))
+                parts.append(reducer.finish(picked, 1))
         if not self.training:
             self.used = [a + b for a, b in zip(self.used, sizes)]
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -170,65 +136,47 @@ def features(view):
     return torch.stack(even, dim=1)
 
 
-class Controller(nn.Module):
-    """Two small layers from `features` (standardised) to one logit a level."""
+def fit_controller(adaptive, images, labels, share, *, epochs=200, seed=0, batch=256):
+    """Train a controller for `adaptive` on calibration images; the ViT stays as it is.
 
-    def __init__(self, levels, hidden=16):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(5))
-        self.register_buffer("scale", torch.ones(5))
-        self.layers = nn.Sequential(nn.Linear(5, hidden), nn.GELU(), nn.Linear(hidden, levels))
-
-    def forward(self, seen):
-        return self.layers((seen - self.mean) / self.scale)
-
-
-def fit_controller(adaptive, images, labels, *, price=None, share=None, epochs=200, lr=0.02, seed=0, batch=256):
-    """Train a Controller for `adaptive` (in place) on calibration images; the ViT stays as it is.
-
-    Every level is run once on every image. The controller then minimises, over its own choice p of level,
-    the expected loss sum_l p_l (cross-entropy_l + price * tokens_l / tokens_plain), exactly and without sampling;
-    a higher `price` gives fewer tokens. Give the price, or with `share` the mean of tokens_l / tokens_plain to come
-    out at (its price is then found by bisection). images: normalised, B C H W. Returns (controller, {"loss", "price",
-    "tokens": the mean share that came out, "share" of images at each level}).
+    That is two small layers from `features` to one logit a level. Every level is run once on every image; then they
+    minimise, over their own choice p of level, the expected loss sum_l p_l (cross-entropy_l + price * tokens_l /
+    tokens_plain), exactly and without sampling. share: the mean of tokens_l / tokens_plain to come out at; the price
+    is found for it by bisection. images: normalised, B C H W. Returns (controller, {"price", "tokens": the mean share
+    that came out, "share" of images at each level}).
     """
-    if (price is None) == (share is None):
-        raise ValueError(f"price={price}, share={share}: give one of them")
-    if price is not None and (price < 0 or not math.isfinite(price)):
-        raise ValueError(f"price={price}: a finite number of at least 0 is needed")
     shares = torch.tensor(adaptive.shares, device=images.device)
-    if share is not None and not shares.min() <= share <= shares.max():
+    if not shares.min() <= share <= shares.max():
         raise ValueError(f"share={share}: the levels leave between {shares.min():.3f} and {shares.max():.3f}")
     table, seen = _table(adaptive, images, labels, batch)
     low, high, tried = 1e-4, 1e2, []  # cross-entropy for all tokens
-    for _ in range(14 if price is None else 1):
-        middle = math.sqrt(low * high) if price is None else price
-        tried.append(_fitted(table, seen, shares, middle, epochs, lr, seed))
-        low, high = (middle, high) if tried[-1][1]["tokens"] > (share or 0) else (low, middle)
-    found = tried[0] if share is None else min(tried, key=lambda t: abs(t[1]["tokens"] - share))
+    for _ in range(14):
+        price = math.sqrt(low * high)
+        tried.append(_fitted(table, seen, shares, price, epochs, seed))
+        low, high = (price, high) if tried[-1][1]["tokens"] > share else (low, price)
+    found = min(tried, key=lambda t: abs(t[1]["tokens"] - share))
     adaptive.controller = found[0]
     return found
 
 
-def _fitted(table, seen, shares, price, epochs, lr, seed):
+def _fitted(table, seen, shares, price, epochs, seed):
     """A controller for the losses `table` (B levels) at one price, and what came of it."""
-    cost = table + price * shares
+    cost, mean, scale = table + price * shares, seen.mean(0), seen.std(0).clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        controller = Controller(len(shares)).to(table.device)
-    controller.mean.copy_(seen.mean(0))
-    controller.scale.copy_(seen.std(0).clamp_min(1e-6))
-    optimizer = torch.optim.AdamW(controller.parameters(), lr=lr, weight_decay=0.01)
+        controller = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, len(shares))).to(table.device)
+    optimizer = torch.optim.AdamW(controller.parameters(), lr=0.02, weight_decay=0.01)
     with torch.enable_grad():
         for _ in range(epochs):
-            loss = (controller(seen).softmax(1) * cost).sum(1).mean()
             optimizer.zero_grad()
-            loss.backward()
+            (controller((seen - mean) / scale).softmax(1) * cost).sum(1).mean().backward()
             optimizer.step()
     with torch.no_grad():
+        first = controller[0]  # from now on it takes features as they are
+        first.weight /= scale
+        first.bias -= first.weight @ mean
         chosen = torch.bincount(controller(seen).argmax(1), minlength=len(shares)) / len(seen)
-    return controller.eval(), {"loss": loss.item(), "price": price, "tokens": (chosen * shares).sum().item(),
-                               "share": chosen.tolist()}  # fmt: skip
+    return controller, {"price": price, "tokens": (chosen * shares).sum().item(), "share": chosen.tolist()}
 
 
 @torch.no_grad()
@@ -238,7 +186,7 @@ def _table(adaptive, images, labels, batch):
     with evaluating(adaptive):
         for part, target in zip(images.split(batch), labels.split(batch)):
             _, found, state = adaptive.gaze(part)
-            outs = [reducer.finish(state, adaptive.look) for reducer in adaptive.reducers]
+            outs = [reducer.finish(state, 1) for reducer in adaptive.reducers]
             rows.append(torch.stack([F.cross_entropy(o.float(), target, reduction="none") for o in outs], dim=1))
             seen.append(found)
     return torch.cat(rows), torch.cat(seen)

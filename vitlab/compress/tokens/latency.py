@@ -52,7 +52,7 @@ class TokenLatency:
     def _block(self, layer, before, after):
         """ms of the block `layer`, with the head if it is the last."""
         last = layer == self.parts.depth - 1
-        key = before, after, ("last" if last else self.kinds[layer], self.config.actions(self.parts.depth)[layer])
+        key = before, after, "last" if last else self.kinds[layer]
         if key in self.timed:
             return self.timed[key]
         # tokens as they come: all that are to go before this block go in the first one

@@ -62,40 +62,34 @@ class Plan:
         """
         if self.target is None:
             return take(x, self.stay), None
-        n, k = self.shape[1], self.rows
+        n, k = x.shape[1], self.rows
         stay, gone, target = flat(self.stay, n), flat(self.gone, n), flat(self.target, k)
-
-        def added(kept, joining):
-            kept = kept.unflatten(0, self.stay.shape)
-            if self.fused:
-                kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
-            return kept.flatten(0, 1).index_add(0, target, joining)
-
         x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))
-        mass = x.new_ones(self.shape, dtype=torch.float32) if self.mass is None else self.mass
+        mass = x.new_ones(x.shape[:2], dtype=torch.float32) if self.mass is None else self.mass
         mass_stay, mass_gone = (mass.flatten().index_select(0, rows) for rows in (stay, gone))
-        total = added(mass_stay, mass_gone)
+        total = self._added(mass_stay, mass_gone, target)
         share = mass_stay / total.unflatten(0, (-1, k))[:, : self.stay.shape[1]].flatten()
         gone_share = mass_gone / total.index_select(0, target)
-        mean = added(x_stay * share[:, None], x_gone * gone_share[:, None])
+        mean = self._added(x_stay * share[:, None], x_gone * gone_share[:, None], target)
         if self.lengths:
-            length = added(_length(x_stay) * share, _length(x_gone) * gone_share)
+            length = self._added(_length(x_stay) * share, _length(x_gone) * gone_share, target)
             mean = mean * (length / _length(mean).clamp_min(1e-6))[:, None]
         return mean.to(x.dtype).unflatten(0, (-1, k)), total.unflatten(0, (-1, k))
 
-    @property
-    def shape(self):
-        """(B, N) of the input."""
-        return len(self.stay), self.stay.shape[1] + self.gone.shape[1]
+    def _added(self, kept, joining, target):
+        """Rows that stay, (B S), and those that join rows `target` of the output -> their sums, (B K)."""
+        kept = kept.unflatten(0, self.stay.shape)
+        if self.fused:
+            kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
+        return kept.flatten(0, 1).index_add(0, target, joining)
 
     def total(self, x):
         """B N -> B K: the sum over each row's tokens (sizes)."""
-        base = take(x, self.stay)
+        kept = take(x, self.stay)
         if self.target is None:
-            return base
-        if self.fused:
-            base = torch.cat([base, torch.zeros_like(x[:, :1])], dim=1)
-        return add_rows(base, self.target, take(x, self.gone))
+            return kept
+        sums = self._added(kept.flatten(), take(x, self.gone).flatten(), flat(self.target, self.rows))
+        return sums.unflatten(0, (-1, self.rows))
 
     def patch_total(self, x, prefix):
         """As `total`, for one number a patch (B P), the prefix tokens left out."""
@@ -140,11 +134,6 @@ def with_prefix(rows, prefix):
     return torch.cat([first, rows], dim=1)
 
 
-def drop(score, keep, prefix):
-    """Forget the lowest-scored patches: B P -> a plan with `keep` of them."""
-    return Plan(*split_by(score, keep, prefix))
-
-
 def fuse(score, keep, prefix):
     """EViT (Liang et al. 2022, eq. 3): the lowest-scored become one token, their mean weighted by score.
 
@@ -173,28 +162,25 @@ def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False
     """One round of bipartite soft matching (ToMe, Bolya et al. 2023, section 3), with priced edges.
 
     Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
-    destination; the `merged` cheapest edges are taken. With `power` 0 an edge costs 1 - cosine, as in ToMe.
-    With importance it costs (1 - cosine) * importance ** power: a large power merges the least important first
-    wherever they fit. With `ward` it is priced by size, (1 - cosine) * (2 a b / (a + b)) ** power for tokens that
-    stand for a and b patches, so that what stands for much already is not merged further for little. Only at
-    power 1 is that Ward's criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
+    destination; the `merged` cheapest edges are taken. An edge costs 1 - cosine, as in ToMe; times importance ** power
+    (of the source) if there is one; times (2 a b / (a + b)) ** power with `ward`, for tokens that stand for a and b
+    patches, so that what stands for much already is not merged further for little. Only at power 1 is that Ward's
+    criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
     keys: unit vectors B P d; importance: B P, positive, or None; size: B N or None (all 1).
     """
     b, patches, _ = keys.shape
     # destinations are the even patches, so that there are never fewer of them than sources
-    cosine = keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)  # B sources destinations
-    if ward and power and size is not None:
+    worth, weight = (keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)).float(), None  # B sources destinations
+    if ward and size is not None:
         one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
-        best, partner = ((cosine.float() - 1) * (2 * one * other / (one + other)) ** power).max(-1)
-    else:
-        best, partner = cosine.float().max(-1)
-    if importance is None or power == 0:
-        order = best
-    else:
-        relative = importance[:, 1::2] / importance.mean(1, keepdim=True)
-        order = -(1 - best) * relative.clamp_min(1e-12) ** power
-    sources = order.shape[1]
-    ranked = order.topk(sources, dim=1).indices
+        weight = 2 * one * other / (one + other)
+    elif importance is not None:
+        weight = (importance[:, 1::2, None] / importance.mean(1)[:, None, None]).clamp_min(1e-12)
+    if weight is not None and power:
+        worth = (worth - 1) * weight**power
+    best, partner = worth.max(-1)
+    sources = best.shape[1]
+    ranked = best.topk(sources, dim=1).indices
     chosen, unmerged = ranked[:, :merged], ranked[:, merged:].sort(dim=1).values
     even = torch.arange(prefix, prefix + patches, 2, device=keys.device).expand(b, -1)
     stay = with_prefix(torch.cat([unmerged * 2 + (1 + prefix), even], dim=1), prefix)
@@ -208,7 +194,7 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
     score: B P (None for "merge", "ward"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
     """
     if action == "drop":
-        return [drop(score, keep, prefix)]
+        return [Plan(*split_by(score, keep, prefix))]
     if action == "fuse":
         return [fuse(score, keep, prefix)]
     if action == "nearest":
@@ -224,5 +210,5 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
         keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
         importance = None if importance is None else plan.patch_total(importance, prefix)
-        size = plan.total(keys.new_ones(plan.shape, dtype=torch.float32) if size is None else size)
+        size = plan.total(padded.new_ones(padded.shape[:2], dtype=torch.float32) if size is None else size)
     return [replace(plan, lengths=lengths) for plan in found]

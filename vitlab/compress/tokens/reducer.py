@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vitlab.compress.tokens import merge
 from vitlab.compress.tokens.merge import MERGES, add_rows, take
-from vitlab.compress.tokens.scores import POSITIONED, SCORES, UNSCORED, View, random_factors
+from vitlab.compress.tokens.scores import POSITIONED, SCORES, View, random_factors
 
 
 @dataclass
@@ -34,7 +34,6 @@ class Reducer:
         self.parts, self.config = parts, config
         self.total = parts.prefix + parts.patches
         self.counts = config.counts_for(self.total, parts.depth, parts.prefix)
-        self.actions = config.actions(parts.depth)
         self.inside = config.rule == "exact"
         self.factors = random_factors(config.seed, parts.depth)
         reduced = min(self.counts) < self.total
@@ -80,18 +79,18 @@ class Reducer:
         mix = (lambda hidden: self._mixed(block, state, hidden)) if off_grid else None
         return self._carry_out(pending, dataclasses.replace(state, x=state.x + self.parts.mlp(block, state.x, mix)))
 
-    def view(self, layer, state, query=None, key=None, value=None):
+    def view(self, layer, state, query=None, key=None):
         """What the scores see of block `layer`."""
         parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
-            query, key, value = block.attn.split(block.norm1(state.x))
+            query, key, _ = block.attn.split(block.norm1(state.x))
         positions = None if state.positions is None else state.positions[:, parts.prefix :]
-        return View(query, key, value, parts.prefix, parts.read, self._bias(state), positions, state.score,
+        return View(query, key, parts.prefix, parts.read, self._bias(state), positions, state.score,
                     config.ema, self.factors[layer], parts.grid, block.attn.scale)  # fmt: skip
 
     def _bias(self, state):
         """Proportional attention: a token that stands for s patches is attended s times (ToMe, eq. 1)."""
-        return state.size.log()[:, None, None] if self.config.biased and state.size is not None else None
+        return state.size.log()[:, None, None] if self.config.action in MERGES and state.size is not None else None
 
     def _attend(self, layer, state):
         """x + attention -> (state, plans that are still to be carried out, after the MLP)."""
@@ -99,8 +98,8 @@ class Reducer:
         normed, bias, plans = block.norm1(state.x), self._bias(state), []
         query, key, value = block.attn.split(normed)
         if self.counts[layer] < state.x.shape[1]:
-            state, plans = self._plans(layer, self.view(layer, state, query, key, value), state, normed)
-        dropped = self.actions[layer] == "drop" and self.inside
+            state, plans = self._plans(layer, self.view(layer, state, query, key), state, normed)
+        dropped = self.config.action == "drop" and self.inside
         if plans and dropped:
             # nothing reads what the dropped ones would see, so only the survivors are queries
             query = take(query.transpose(1, 2), plans[0].stay).transpose(1, 2)
@@ -112,8 +111,8 @@ class Reducer:
 
     def _plans(self, layer, view, state, normed):
         """The state with its moving average, and the plans of block `layer`; normed: its normalised input."""
-        config, action, prefix = self.config, self.actions[layer], self.parts.prefix
-        score = None if action in UNSCORED else SCORES[config.score](view)
+        config, action, prefix = self.config, self.config.action, self.parts.prefix
+        score = SCORES[config.score](view) if config.scored else None
         if config.score.endswith("-ema"):
             state = dataclasses.replace(state, score=score)
         keys = None
@@ -151,9 +150,9 @@ class Reducer:
         """
         parts, owner = self.parts, state.owner
         prefix, left = parts.prefix, state.x.shape[1] - parts.prefix
-        patches, whole = hidden[:, prefix:], "drop" not in self.actions
-        image = take(patches, owner if whole else owner.clamp_max(left - 1))
-        image = image if whole else image * (owner < left)[..., None]
+        patches, drops = hidden[:, prefix:], self.config.action == "drop"
+        image = take(patches, owner.clamp_max(left - 1) if drops else owner)
+        image = image * (owner < left)[..., None] if drops else image
         image = image.unflatten(1, parts.grid).permute(0, 3, 1, 2)
         out = block.mlp.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         mixed = patches + self._gathered(out, state, left)
@@ -163,11 +162,10 @@ class Reducer:
         """Grid B n H -> tokens B P H: the mean over each token's patches."""
         if self.config.action == "drop":
             return take(out, state.positions[:, self.parts.prefix :])
-        owner, size = state.owner, state.size
-        sums = add_rows(out.new_zeros(len(out), left + 1, out.shape[2]), owner, out)[:, :left]
-        if size is not None and "drop" not in self.actions:  # then a token is in as many patches as its size says
-            return sums / size[:, self.parts.prefix :, None].to(out.dtype)
-        times = add_rows(out.new_zeros(len(out), left + 1), owner, out.new_ones(owner.shape))[:, :left]
+        sums = add_rows(out.new_zeros(len(out), left, out.shape[2]), state.owner, out)
+        if state.size is not None:  # a token is in as many patches as its size says
+            return sums / state.size[:, self.parts.prefix :, None].to(out.dtype)
+        times = add_rows(out.new_zeros(len(out), left), state.owner, out.new_ones(state.owner.shape))
         return sums / times[..., None]
 
     def _read_rows(self, state):

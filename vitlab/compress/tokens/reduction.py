@@ -4,7 +4,6 @@ Which tokens go is decided for each image by itself, their number per block is f
 prediction never depends on its batch-mates and the model compiles, exports and is captured in a CUDA graph.
 """
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 
@@ -22,19 +21,15 @@ from vitlab.models.checkpoint import Wrapper, as_dataclass, register
 class TokenConfig:
     """How tokens are reduced, as plain data.
 
-    r_max, alpha, schedule ("power", or ToMe's "constant" number a block), minimum, protect: of `schedule.schedule`;
+    r_max, alpha, schedule ("power", or ToMe's "constant" number a block), rule, protect: of `schedule.schedule`;
     or `counts`, the tokens after each block, outright.
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
-    most similar kept token); "edge" (ToMe with edges that cost (1 - cosine) * score ** power); "ward": a size-priced,
-    norm-preserving merge, the study's own: pairs that are alike in the block's normalised input, at the price
-    (1 - cosine) * (2 a b / (a + b)) ** power for tokens that stand for a and b patches. Only with power=1 is that
-    Ward's criterion; the default is its square root. late: block (from 0, negative from the end) from which on
-    tokens are dropped instead: merge early, drop late.
+    most similar kept token); "edge" (ToMe, priced by score ** power); "ward": the study's own, a norm-preserving merge
+    of what is alike in the block's normalised input, priced by size (see `merge.bipartite`).
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
-    rule: where a count acts, see `schedule`. proportional: log-size bias in attention; None: for merges.
     pooled_last: the last block computes only the class tokens that the head reads (same output; mean-pooled
     models read every token and gain nothing). seed: of the random control.
     """
@@ -46,13 +41,10 @@ class TokenConfig:
     action: str = "drop"
     rule: str = "exact"
     counts: tuple | None = None
-    minimum: int = 1
     protect: tuple = ()
-    proportional: bool | None = None
     power: float = 0.5
     metric: str | None = None
     lengths: bool | None = None
-    late: int | None = None
     ema: float = 0.5
     pooled_last: bool = False
     seed: int = 0
@@ -76,7 +68,7 @@ class TokenConfig:
     @property
     def scored(self):
         """Whether the score decides anything: "merge" and "ward" go by likeness alone."""
-        return self.action not in UNSCORED or self.late is not None
+        return self.action not in UNSCORED
 
     @property
     def likeness(self):
@@ -87,25 +79,12 @@ class TokenConfig:
     def keeps_lengths(self):
         return self.action == "ward" if self.lengths is None else self.lengths
 
-    @property
-    def biased(self):
-        """Whether attention is proportional to the tokens' sizes."""
-        return self.action in MERGES if self.proportional is None else self.proportional
-
-    def actions(self, depth):
-        """The action of each of `depth` blocks."""
-        late = depth if self.late is None else self.late
-        if not -depth <= late <= depth:
-            raise ValueError(f"late={self.late}: the model has {depth} blocks")
-        late += depth if late < 0 else 0
-        return tuple(self.action if i < late else "drop" for i in range(depth))
-
     def counts_for(self, n, depth, prefix):
         """The tokens after each block of a model with n tokens, `prefix` of them before the patches."""
         counts = self.counts
         if counts is None:
             counts = schedules.schedule(n, depth, self.r_max, self.alpha, self.rule, kind=self.schedule, prefix=prefix,
-                                        minimum=self.minimum, protect=self.protect)  # fmt: skip
+                                        protect=self.protect)  # fmt: skip
         return schedules.check_counts(counts, n, depth, prefix)
 
     def sized(self, read):
@@ -113,7 +92,7 @@ class TokenConfig:
 
         read: class tokens that the head reads (0: the mean).
         """
-        return self.action != "drop" and (self.biased or self.action in MERGES or not read)
+        return self.action in MERGES or (self.action == "fuse" and not read)
 
 
 @register("reduced")
@@ -139,10 +118,7 @@ class ReducedConfig(Wrapper):
 class TokenViT(nn.Module):
     """A ViT on fewer tokens. It shares parameters, buffers and submodules, under their names, with `plain`.
 
-    tokens: counts after each block. active: False runs the plain model. After a forward pass with
-    `intermediates=True` or inside `recording()`: kept, per block B x patches-left original positions
-    (row-major from 0; -1 for a fused token), and owners, per block B x n: the row of `kept` that each
-    original patch is in (the number of rows: dropped).
+    tokens: counts after each block. active: False runs the plain model.
     """
 
     def __init__(self, model, config):
@@ -153,8 +129,7 @@ class TokenViT(nn.Module):
         model = self.adapter.model  # of timm's model, ours with the same parameters
         # the very same dictionaries: names, devices and dtypes stay common whoever changes them
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
-        self.active, self.kept, self.owners, self._record = True, None, None, False
-        self.training = model.training
+        self.active, self.training = True, model.training
         self.reduce_by(config)
 
     @property
@@ -187,26 +162,19 @@ class TokenViT(nn.Module):
         return super().train(mode)
 
     def forward(self, images, intermediates=False):
-        """images B C H W -> logits B K; with `intermediates=True` also {"tokens": [B N D a block], "size":
-        [B N a block, or None], "kept" and "owners": see the class}."""
+        """images B C H W -> logits B K; with `intermediates=True` also what each block leaves, lists of one a block.
+
+        {"tokens": B N D; "size": B N patches that each stands for, or None: all 1; "kept": B P original positions
+        (row-major from 0; -1 for a fused token); "owners": B n, the row of `kept` that each original patch is in (the
+        number of rows: dropped)}.
+        """
         if self.plain.training != self.training:  # set on the modules one by one, not by train()
             self.plain.training = self.training
         if not self.active:
             return self.plain(images, intermediates=True) if intermediates else self.plain(images)
-        seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates or self._record else None
+        seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates else None
         logits = self.reducer(images, seen)
-        if seen is not None:
-            self.kept, self.owners = seen["kept"], seen["owners"]
         return (logits, seen) if intermediates else logits
-
-    @contextlib.contextmanager
-    def recording(self):
-        """Inside, every forward pass leaves `kept` and `owners`; meant for eager runs, not compiled ones."""
-        self._record = True
-        try:
-            yield self
-        finally:
-            self._record = False
 
     def macs(self):
         """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.macs`."""

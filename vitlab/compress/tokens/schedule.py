@@ -5,14 +5,14 @@ import math
 RULES = ("published", "exact")
 SCHEDULES = ("power", "constant")
 FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
-ROW_SCORES = ("cls", "cls-ema", "cls-normalised", "value")
+ROW_SCORES = ("cls", "cls-ema", "cls-normalised")
 
 
-def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power", prefix=1, minimum=1, protect=()):
+def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power", prefix=1, protect=()):
     """Tokens left after each of `layers` blocks, prefix tokens (CLS, ...) counted: a list of ints.
 
-    n: tokens that enter the first block, `prefix` of them never removed. Never fewer than `minimum` patches are left;
-    the blocks in `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
+    n: tokens that enter the first block, `prefix` of them never removed, nor is the last patch; the blocks in
+    `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
     "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
         there are so many (fractions of a patch add up).
@@ -24,28 +24,6 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
         attention of block l has the keys of count l - 1; its MLP (and, where tokens are dropped, its queries and
         projection too) has count l. Nothing is removed after the last block's MLP.
     """
-    _check(n, layers, r_max, alpha, rule, kind, prefix, minimum)
-    shielded = protected(protect, layers)
-    patches, each, counts = n - prefix, r_max * (n - prefix), []
-    for layer in range(layers):
-        if layer not in shielded:
-            share = 1 - r_max * ((layer + 1) / layers) ** alpha
-            left = patches * share if kind == "power" else n - prefix - each * (layer + 1)
-            # the tolerance keeps a product such as 0.7 * 10 from being rounded down to 6
-            patches = min(patches, max(minimum, math.floor(left + 1e-9)))
-        counts.append(prefix + patches)
-    return counts
-
-
-def protected(protect, layers):
-    """The set of block numbers (from 0) that `protect` names."""
-    wrong = [p for p in protect if not -layers <= p < layers]
-    if wrong:
-        raise ValueError(f"protect={wrong}: a model of {layers} blocks has blocks {-layers} to {layers - 1}")
-    return {p % layers for p in protect}
-
-
-def _check(n, layers, r_max, alpha, rule, kind, prefix, minimum):
     for name, value, allowed in (("rule", rule, RULES), ("schedule", kind, SCHEDULES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
@@ -55,8 +33,18 @@ def _check(n, layers, r_max, alpha, rule, kind, prefix, minimum):
         raise ValueError(f"alpha={alpha}: a finite number above 0 is needed")
     if layers < 1 or prefix < 0 or n <= prefix:
         raise ValueError(f"n={n}, layers={layers}, prefix={prefix}: at least a block and a patch are needed")
-    if minimum < 1:
-        raise ValueError(f"minimum={minimum}: at least 1 patch must stay")
+    if wrong := [p for p in protect if not -layers <= p < layers]:
+        raise ValueError(f"protect={wrong}: a model of {layers} blocks has blocks {-layers} to {layers - 1}")
+    shielded = {p % layers for p in protect}
+    patches, counts = n - prefix, []
+    for layer in range(layers):
+        if layer not in shielded:
+            share = 1 - r_max * ((layer + 1) / layers) ** alpha
+            left = patches * share if kind == "power" else (n - prefix) * (1 - r_max * (layer + 1))
+            # the tolerance keeps a product such as 0.7 * 10 from being rounded down to 6
+            patches = min(patches, max(1, math.floor(left + 1e-9)))
+        counts.append(prefix + patches)
+    return counts
 
 
 def check_counts(counts, n, layers, prefix):
@@ -96,15 +84,15 @@ def macs(config, tokens):
         attention   a D (2 Q + V) + q (2 X a + V D)     q = a queries; m where tokens are dropped inside the block
         MLP         2 t D H (3 with a GLU)              t = m tokens; a under the rule "published"
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
-        score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); "query" a X,
-                    "redundancy" P^2 X / heads; none for "merge" and "ward", nor where nothing is removed
+        score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); none for "merge" and
+                    "ward", nor where nothing is removed
         matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
     blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
     layers = config.mlp_layers
     read = 1 + config.distilled if config.pool == "cls" else 0
-    counts, actions = tokens.counts_for(n, len(blocks), prefix), tokens.actions(len(blocks))
+    counts = tokens.counts_for(n, len(blocks), prefix)
     # whether a block that removes nothing runs as it is, on fewer tokens too
     plain = not tokens.sized(read) and config.mlp != "conv"
     total, before, exact = config.macs(), n, tokens.rule == "exact"
@@ -119,11 +107,11 @@ def macs(config, tokens):
             as_it_is = plain or before == n
             total += _block(dim, shape, layers, before, before, before, products if as_it_is else across)
         else:
-            drops = exact and actions[layer] == "drop"
+            drops = exact and tokens.action == "drop"
             total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
-            total += _score(tokens, actions[layer], before, prefix, read, shape)
+            total += _score(tokens, before, prefix, read, shape)
             width = dim if tokens.likeness == "input" else shape.width
-            total += _matching(actions[layer], before, after, prefix) * width
+            total += _matching(tokens.action, before, after, prefix) * width
         before = after
     return total
 
@@ -133,14 +121,12 @@ def _block(dim, shape, layers, keys, queries, late, products):
     return attention + layers * late * dim * shape.hidden
 
 
-def _score(tokens, action, before, prefix, read, shape):
-    patches, across = before - prefix, len(shape.each_head) * shape.width
-    if action in ("merge", "ward"):  # matching alone
+def _score(tokens, before, prefix, read, shape):
+    by_row = tokens.score in ROW_SCORES
+    if not tokens.scored or not (by_row or tokens.score in FULL_MAP_SCORES):
         return 0
-    if tokens.score in FULL_MAP_SCORES or (tokens.score in ROW_SCORES and not read):
-        return patches * before * across
-    rows = read * before * across if tokens.score in ROW_SCORES else 0
-    return {"query": before * across, "redundancy": patches**2 * shape.width}.get(tokens.score, rows)
+    rows = read if by_row and read else before - prefix
+    return rows * before * len(shape.each_head) * shape.width
 
 
 def _matching(action, before, after, prefix):

@@ -20,7 +20,7 @@ PRIME = 2**31 - 1
 class View:
     """One block seen by a score.
 
-    query, key, value: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
+    query, key: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
     patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
     original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
     decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
@@ -29,7 +29,6 @@ class View:
 
     query: torch.Tensor
     key: torch.Tensor
-    value: torch.Tensor
     prefix: int
     read: int
     bias: torch.Tensor | None = None
@@ -66,10 +65,6 @@ class View:
         others = max(full.shape[-1] - 1, 1)
         return (full.sum(2) - full.diagonal(dim1=-2, dim2=-1)) / others
 
-    def lengths(self):
-        """Length of each patch's value, a head: B heads P."""
-        return self.value[:, :, self.prefix :].float().norm(dim=-1)
-
     def patch_keys(self):
         """Unit key of each patch, the mean over heads (the metric of ToMe): B P d."""
         return F.normalize(self.key[:, :, self.prefix :].mean(1), dim=-1)
@@ -80,32 +75,15 @@ def _normalised(scores):
     return (scores / scores.amax(-1, keepdim=True).clamp_min(1e-12)).mean(1)
 
 
-def _averaged(score):
-    def moving(view):
-        now = score(view)
-        return now if view.previous is None else view.decay * view.previous + (1 - view.decay) * now
-
-    return moving
+def _averaged(view, now):
+    # over the blocks so far
+    return now if view.previous is None else view.decay * view.previous + (1 - view.decay) * now
 
 
 def _entropy(view):
     """Minus the entropy of the patch's own row: one that looks somewhere in particular is kept."""
     rows = view.attention(view.query[:, :, view.prefix :])
     return (rows * rows.clamp_min(1e-12).log()).sum(-1).mean(1)
-
-
-def _similarity(view):
-    """Minus the mean cosine of a patch's key with all others'; a product with the mean key."""
-    keys = view.patch_keys().float()
-    return -(keys * keys.mean(1, keepdim=True)).sum(-1)
-
-
-def _redundancy(view):
-    """Minus the cosine with the most similar other patch."""
-    keys = view.patch_keys()
-    cosine = keys @ keys.transpose(1, 2)
-    itself = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
-    return -cosine.masked_fill(itself, -2.0).amax(-1).float()
 
 
 def random_factors(seed, layers):
@@ -139,21 +117,18 @@ def _grid(view):
 
 SCORES = {
     "cls": lambda view: view.given().mean(1),
-    "cls-ema": _averaged(lambda view: view.given().mean(1)),
+    "cls-ema": lambda view: _averaged(view, view.given().mean(1)),
     "cls-normalised": lambda view: _normalised(view.given()),
     "received": lambda view: view.received().mean(1),
-    "received-ema": _averaged(lambda view: view.received().mean(1)),
+    "received-ema": lambda view: _averaged(view, view.received().mean(1)),
     "received-normalised": lambda view: _normalised(view.received()),
-    # attention of the mean query: one row, for models without a CLS token
-    "query": lambda view: view.attention(view.query.mean(2, keepdim=True)).mean(1)[:, 0, view.prefix :],
     "entropy": _entropy,
     # over the patches that look, of the attention a patch receives: relevant to some
     "variance": lambda view: view.patch_map().var(2, correction=0).mean(1),
-    "value": lambda view: (view.given() * view.lengths()).mean(1),
-    "norm": lambda view: view.lengths().mean(1),
-    "similarity": _similarity, "redundancy": _redundancy, "random": _random, "grid": _grid,
-}  # fmt: skip
-SIGNED = ("entropy", "similarity", "redundancy")  # no weights: these are below zero
+    "random": _random,
+    "grid": _grid,
+}
+SIGNED = ("entropy",)  # no weights: below zero
 POSITIONED = ("random", "grid")
 UNSCORED = ("merge", "ward")  # actions that go by likeness alone
 

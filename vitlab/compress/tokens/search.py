@@ -49,24 +49,8 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     if search.counts is None:
         raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
     while step >= 1 and search.passes < passes:
-        if not search.improve(step):
-            step //= 2
+        step = step if search.improve(step) else step // 2
     return dataclasses.replace(config, counts=search.counts)
-
-
-def choose(model, images, candidates, *, macs, config=None, batch=256, **options):
-    """The best of some TokenConfigs at equal cost, by KL divergence on `images`: (TokenConfig, table).
-
-    candidates: dictionaries of TokenConfig's fields ({"metric": "input", "power": 1.0}, ...). Each is brought to `macs`
-    with `config` and `options`. images: of train, never validation or test, so that what is measured there later
-    did not choose its own method. table: [{**candidate, "kl"}], as given; ties go to the first.
-    """
-    reduced, images = reduce_tokens(model, config, **options), _images(model, images)
-    fitted = [fit_budget(model, macs, reduced.token_config, **candidate) for candidate in candidates]
-    reference = _predict(reduced.plain, images, batch)
-    table = [candidate | {"kl": kl_divergence(_predict(reduced.reduce_by(found), images, batch), reference).item()}
-             for candidate, found in zip(candidates, fitted)]  # fmt: skip
-    return fitted[min(range(len(table)), key=lambda i: table[i]["kl"])], table
 
 
 def _images(model, images):
@@ -137,7 +121,7 @@ class _Exchange:
 
     def allowed(self, counts):
         """Counts made to fall from block to block, protected ones the same as before them."""
-        low, left = self.parts.prefix + self.config.minimum, self.parts.prefix + self.parts.patches
+        low, left = self.parts.prefix + 1, self.parts.prefix + self.parts.patches
         found = []
         for layer, count in enumerate(counts):
             left = left if layer in self.shielded else max(low, min(left, count))
@@ -146,7 +130,7 @@ class _Exchange:
 
     def filled(self, counts, layer):
         """As many tokens for `layer` as the budget allows, else fewer."""
-        while self.cost(counts) > self.budget and counts[layer] > self.parts.prefix + self.config.minimum:
+        while self.cost(counts) > self.budget and counts[layer] > self.parts.prefix + 1:
             counts = self.allowed([c - (i == layer) for i, c in enumerate(counts)])
         while True:
             more = self.allowed([c + (i == layer) for i, c in enumerate(counts)])
@@ -181,35 +165,29 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
     return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
 
 
-def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), choices=None, seed=0, log=None):
-    """Optuna's search over (r_max, alpha) and `choices` for high accuracy and low latency: the study.
+def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), seed=0):
+    """Optuna's search over (r_max, alpha), ranges, for high accuracy and low latency: the study.
 
-    evaluate(config) -> (accuracy, latency) on validation. storage: path of an SQLite file (several workers or
-    machines that share it work on one study) or any address Optuna takes; an existing study of that `name`
-    goes on until `trials` are complete in all. choices: {field of TokenConfig: values}, such as {"action":
-    ("drop", "merge")}. `best` gives the trade-off it found.
+    evaluate(TokenConfig) -> (accuracy, latency) on validation. storage: path of an SQLite file (several workers or
+    machines that share it work on one study); an existing study of that `name` goes on until `trials` are
+    complete in all. `best` gives the trade-off it found.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    address = str(storage)
-    if "://" not in address:
-        Path(address).parent.mkdir(parents=True, exist_ok=True)
-        address = f"sqlite:///{Path(address).resolve()}"
-    study = optuna.create_study(storage=address, study_name=name, load_if_exists=True,
+    Path(storage).parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(storage=f"sqlite:///{Path(storage).resolve()}", study_name=name, load_if_exists=True,
                                 directions=["maximize", "minimize"])  # fmt: skip
     # a worker that comes later must not propose what the first did
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
 
     def objective(trial):
-        config = {"r_max": trial.suggest_float("r_max", *r_max), "alpha": trial.suggest_float("alpha", *alpha)}
-        config |= {key: trial.suggest_categorical(key, values) for key, values in (choices or {}).items()}
-        return evaluate(TokenConfig(**config))
+        ranges = {"r_max": r_max, "alpha": alpha}
+        return evaluate(TokenConfig(**{key: trial.suggest_float(key, *found) for key, found in ranges.items()}))
 
     done = (optuna.trial.TrialState.COMPLETE,)
-    stop = optuna.study.MaxTrialsCallback(trials, states=done)
     if len(study.get_trials(deepcopy=False, states=done)) < trials:
-        study.optimize(objective, callbacks=[stop] + ([lambda s, t: log(t.params, t.values)] if log else []))
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=done)])
     return study
 
 

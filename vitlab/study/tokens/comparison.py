@@ -7,7 +7,7 @@ exponent, its counts) it chooses on images of the train split, which another Eva
 import contextlib
 import dataclasses
 import functools
-from statistics import fmean, pstdev
+from statistics import fmean
 
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ import torch
 from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.tokens import search
 from vitlab.compress.tokens.latency import TokenLatency
-from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.compress.tokens.reduction import ReducedConfig, TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SCORES
 from vitlab.metrics.statistics import holm, paired_difference, seed_difference
 from vitlab.study.tokens.evaluation import speed
@@ -24,24 +24,27 @@ from vitlab.utils.device import example
 CONTROLS = ("random", "grid")
 ATTENTION, RANDOM, GRID = "drop by attention", "drop at random", "drop by a uniform grid"
 EVIT = "fuse the dropped (EViT)"
-CONSTANT, TOME, TOME_CALIBRATED = "ToMe, constant r", "ToMe", "ToMe, calibrated"
-INPUT, PRICED, LENGTHS, PRICED_CALIBRATED = (
-    "ToMe by the input", "size-priced merge, plain means", "size-priced merge", "size-priced merge, calibrated"
-)  # fmt: skip
-CLOCKED, POOLED, OTHER = "size-priced merge, calibrated to the clock", "all tokens, pooled-last block", "other cost"
+CONSTANT, TOME, TOME_CALIBRATED, INPUT = "ToMe, constant r", "ToMe", "ToMe, calibrated", "ToMe by the input"
+PRICED, LENGTHS = "size-priced merge, plain means", "size-priced merge"
+PRICED_CALIBRATED, CLOCKED = f"{LENGTHS}, calibrated", f"{LENGTHS}, calibrated to the clock"
+POOLED = "all tokens, pooled-last block"
 DROPS = {"cls": ATTENTION, "random": RANDOM, "grid": GRID}
 CANDIDATES = tuple({"metric": m, "power": p} for m in ("key", "input") for p in (0.0, 0.25, 0.5, 1.0))
 SIZE_PRICED = {"action": "ward"}
+ALONE = TokenConfig(r_max=0.0, pooled_last=True)
 
 
 def chosen(calibration, share, *, alpha=0.5, candidates=CANDIDATES):
-    """(options of the size-priced merge, table): metric and exponent with the least KL on images of the train split.
+    """(options of the size-priced merge, table): metric and exponent with the least KL at `share` of the MACs.
 
-    calibration: an Evaluator; ValueError if its images are not of "train". share: of the plain model's MACs.
+    calibration: an Evaluator; ValueError if its images are not of "train", so that what is measured elsewhere later
+    did not choose its own method. Ties go to the first candidate.
     """
-    config, table = search.choose(of_train(calibration).plain, calibration.images, candidates, alpha=alpha,
-                                  macs=share * calibration.macs, pooled_last=True, **SIZE_PRICED)  # fmt: skip
-    return SIZE_PRICED | {"metric": config.metric, "power": config.power}, pd.DataFrame(table)
+    plain, budget = of_train(calibration).plain, share * calibration.macs
+    fitted = [search.fit_budget(plain, budget, alpha=alpha, pooled_last=True, **SIZE_PRICED | c) for c in candidates]
+    table = pd.DataFrame([c | {"kl": calibration.evaluate(reduce_tokens(plain, config))["kl"]}
+                          for c, config in zip(candidates, fitted)])  # fmt: skip
+    return SIZE_PRICED | candidates[table.kl.idxmin()], table
 
 
 def of_train(evaluator):
@@ -53,7 +56,7 @@ def of_train(evaluator):
 
 def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), merge=SIZE_PRICED, calibration=None,
             passes=100):  # fmt: skip
-    """{name: (group, [TokenConfig, ...])} that all cost `share` of the plain model's MACs, or just below.
+    """{name: [TokenConfig, ...]} that all cost `share` of the plain model's MACs, or just below.
 
     Every score drops; "random" comes once a seed of `seeds`. All follow the schedule `alpha` but ToMe's own, a constant
     number a block, and the calibrated ones. merge: options of the size-priced merge. calibration: an Evaluator on train
@@ -63,19 +66,19 @@ def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2
     budget, found = share * evaluator.macs, {}
     fit = functools.partial(search.fit_budget, evaluator.plain, budget, pooled_last=True)
     for score in scores:
-        config, control = fit(alpha=alpha, score=score), score in CONTROLS
+        config = fit(alpha=alpha, score=score)
         draws = [dataclasses.replace(config, seed=seed) for seed in seeds] if score == "random" else [config]
-        found[DROPS.get(score, f"drop by {score}")] = ("control" if control else "drop by score", draws)
+        found[DROPS.get(score, f"drop by {score}")] = draws
     merges = {
         EVIT: {"action": "fuse"}, CONSTANT: {"action": "merge", "schedule": "constant"}, TOME: {"action": "merge"},
         INPUT: {"action": "merge", "metric": "input"}, PRICED: merge | {"lengths": False}, LENGTHS: merge,
     }  # fmt: skip
     for name, options in merges.items():
         with contextlib.suppress(BudgetImpossible):
-            found[name] = ("merge", [fit(alpha=alpha, **options)])
+            found[name] = [fit(alpha=alpha, **options)]
     if calibration is not None:
-        for name, options in {TOME_CALIBRATED: {"action": "merge"}, PRICED_CALIBRATED: merge}.items():
-            found[name] = ("merge", [calibrated(evaluator, calibration, passes, macs=budget, **options)])
+        for name, options in {TOME_CALIBRATED: merges[TOME], PRICED_CALIBRATED: merge}.items():
+            found[name] = [calibrated(evaluator, calibration, passes, macs=budget, **options)]
     return found
 
 
@@ -83,8 +86,7 @@ def fields(evaluators, calibrations, share, **options):
     """{name: [a TokenConfig a seed]}: the `methods` that every seed's model has, and the pooled-last block alone."""
     found = [methods(e, share, calibration=c, seeds=(0,), **options) for e, c in zip(evaluators, calibrations)]
     common = [name for name in found[0] if all(name in f for f in found)]
-    alone = {POOLED: [TokenConfig(r_max=0.0, pooled_last=True)] * len(found)}
-    return alone | {name: [f[name][1][0] for f in found] for name in common}
+    return {POOLED: [ALONE] * len(found)} | {name: [f[name][0] for f in found] for name in common}
 
 
 def calibrated(evaluator, calibration, passes=100, **options):
@@ -104,19 +106,17 @@ def comparison(evaluator, shares, *, batch=32, seconds=0.1, calibration=None, pa
     meter = None if calibration is None else clock(evaluator, batch, seconds=seconds / 10, **merge)
     for share in shares:
         field = methods(evaluator, share, calibration=calibration, passes=passes, merge=merge, **options)
-        field[POOLED] = (OTHER, [TokenConfig(r_max=0.0, pooled_last=True)])
+        field[POOLED] = [ALONE]
         if meter:
-            tome = evaluator.times({TOME: reduce_tokens(evaluator.plain, field[TOME][1][0])}, batch, seconds)[TOME]
-            best = calibrated(evaluator, calibration, passes, latency=tome, meter=meter, **merge)
-            field[CLOCKED] = (OTHER, [best])
-        models = {name: [reduce_tokens(evaluator.plain, c) for c in configs] for name, (_, configs) in field.items()}
+            tome = evaluator.times({TOME: reduce_tokens(evaluator.plain, field[TOME][0])}, batch, seconds)[TOME]
+            field[CLOCKED] = [calibrated(evaluator, calibration, passes, latency=tome, meter=meter, **merge)]
+        models = {name: [reduce_tokens(evaluator.plain, c) for c in configs] for name, configs in field.items()}
         times = evaluator.times({"plain": evaluator.plain} | {n: m[0] for n, m in models.items()}, batch, seconds)
-        for name, (group, _) in field.items():
-            found = [evaluator.evaluate(model) for model in models[name]]
-            rows.append({"method": name, "group": group, "at": share} | {
-                key: fmean(f[key] for f in found) for key in found[0]} | {
-                "spread": pstdev([f["accuracy"] for f in found]), "latency_ms": times[name],
-                "time": times[name] / times["plain"], "tokens": models[name][0].tokens,
+        for name, draws in models.items():
+            found = pd.DataFrame([evaluator.evaluate(model) for model in draws])
+            rows.append({"method": name, "at": share} | found.mean().to_dict() | {
+                "spread": found.accuracy.std(ddof=0), "latency_ms": times[name],
+                "time": times[name] / times["plain"], "tokens": draws[0].tokens,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -134,16 +134,14 @@ def paired(evaluators, configs, against="plain"):
     Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval: of the images for one seed,
     over the seeds for several), p (adjusted for the number of methods, Holm), macs, text (change and interval).
     """
-    right, rows = {"plain": [e.correct for e in evaluators]}, {}
-    models = {name: [reduce_tokens(e.plain, c) for e, c in zip(evaluators, each)] for name, each in configs.items()}
-    for name, each in models.items():
-        right[name] = [e.right(e.run(model)) for e, model in zip(evaluators, each)]
-    for name, each in models.items():
+    right = {name: [e.judged(c) for e, c in zip(evaluators, each)] for name, each in configs.items()}
+    right["plain"], rows = [e.correct for e in evaluators], {}
+    for name, each in configs.items():
         if name != against:
             found = difference(right[name], right[against])
+            macs = fmean(ReducedConfig(base=e.plain.config, tokens=c).macs() for e, c in zip(evaluators, each))
             rows[name] = {"accuracy": 100 * torch.stack(right[name]).double().mean().item(), "change": found.points,
-                          "low": found.low, "high": found.high, "p": found.p, "macs": fmean(m.macs() for m in each),
-                          "text": str(found)}  # fmt: skip
+                          "low": found.low, "high": found.high, "p": found.p, "macs": macs, "text": str(found)}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return table.assign(p=holm(table.p.tolist()))
 
@@ -161,30 +159,19 @@ def difference(right_a, right_b):
 def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1, merge=SIZE_PRICED):
     """What the size-priced merge, calibrated to the clock on train images, buys at each batch size: rows.
 
-    batch, goal (share of the plain model's time asked for), tokens (of each block; None where no choice is that
-    fast), speed_up (measured, in turns with the plain model), and the columns of `Evaluator.evaluate`.
+    batch, goal (share of the plain model's time asked for), tokens (of each block), speed_up (measured, in turns with
+    the plain model), and the columns of `Evaluator.evaluate`; empty but for the goal where no choice is that fast.
     """
     rows = []
     for batch in batches:
         meter = clock(evaluator, batch, seconds=seconds / 10, **merge)
         plain = evaluator.times({"plain": evaluator.plain}, batch, seconds)["plain"]
         for goal in goals:
-            nothing = dict.fromkeys(("speed_up", "accuracy", "change", "kl", "macs", "share"), float("nan"))
-            row = {"batch": batch, "goal": goal, "tokens": None} | nothing
+            rows.append({"batch": batch, "goal": goal})
             with contextlib.suppress(BudgetImpossible):  # nothing is that fast here
                 config = calibrated(evaluator, calibration, passes, latency=goal * plain, meter=meter, **merge)
                 timed = speed(evaluator, {"": config}, [batch], seconds=seconds)
-                row |= {"tokens": config.counts, "speed_up": timed.measured.item()}
-                row |= evaluator.evaluate(reduce_tokens(evaluator.plain, config))
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def pooled(frames):
-    """The mean over frames of `comparison`, one a seed; `spread` is the deviation over them where there are several."""
-    rows = pd.concat(frames)
-    groups = rows.groupby(["at", "method", "group"], sort=False)
-    mean = groups.mean(numeric_only=True)
-    if len(frames) > 1:
-        mean["spread"] = groups.accuracy.std()
-    return mean.reset_index()
+                rows[-1] |= {"tokens": config.counts, "speed_up": timed.measured.item()}
+                rows[-1] |= evaluator.evaluate(reduce_tokens(evaluator.plain, config))
+    columns = ["batch", "goal", "tokens", "speed_up", "accuracy", "change", "kl", "macs", "share"]
+    return pd.DataFrame(rows, columns=columns)

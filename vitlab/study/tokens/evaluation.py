@@ -55,7 +55,7 @@ class Evaluator:
         size, device = input_size(self.plain, data.image_size), device_of(self.plain)
         self.raw, self.labels, self.classes = part.images, part.labels.to(device), data.classes
         self.images = normalize(part.images.to(device), data.mean, data.std, size=size)
-        self.logits = self.run(self.plain)
+        self.logits, self._judged = self.run(self.plain), {}
         self.correct = self.right(self.logits)
         self.accuracy = 100 * self.correct.double().mean().item()
         self.macs = reduce_tokens(self.plain, r_max=0.0).macs()
@@ -68,6 +68,12 @@ class Evaluator:
     def right(self, logits):
         """Whether each image is classified correctly, bool N."""
         return logits.argmax(1) == self.labels
+
+    def judged(self, config):
+        """`right` of the plain model with its tokens reduced by a TokenConfig; each is run once."""
+        if config not in self._judged:
+            self._judged[config] = self.right(self.run(reduce_tokens(self.plain, config)))
+        return self._judged[config]
 
     def evaluate(self, model, macs=None):
         """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
@@ -97,9 +103,7 @@ def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
         for config, each in models.items():
             found = pd.DataFrame([e.evaluate(m) for e, m in zip(evaluators, each)])
             about = {"method": name, "alpha": config.alpha, "r_max": config.r_max, "tokens": each[0].tokens}
-            rows.append(about | found.mean().to_dict() | {
-                "std": found.accuracy.std() if len(found) > 1 else None, "latency_ms": times.get(config),
-                "config": config})  # fmt: skip
+            rows.append(about | found.mean().to_dict() | {"latency_ms": times.get(config), "config": config})
     return pd.DataFrame(rows)
 
 
@@ -130,23 +134,21 @@ def speed(evaluator, configs, batches, *, seconds=0.3, mode=""):
     return pd.DataFrame(rows)
 
 
-def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, look=1, **options):
+def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **options):
     """Images choose their own strength, against one strength for all at the same mean MACs: rows.
 
     "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (an Evaluator on other
     images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
     """
     model = reduce_tokens(evaluator.plain)
-    base = {"action": "ward"} | options | {"alpha": alpha, "protect": tuple(range(look))}
+    base = {"action": "ward"} | options | {"alpha": alpha, "protect": (0,)}
     levels = [TokenConfig(r_max=r, **base) for r in strengths]
     costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
-    blank = AdaptiveViT(model, levels, [0.0] * (len(levels) - 1), look=look).eval()
+    by_entropy, learnt = (AdaptiveViT(model, levels, [0.0] * (len(levels) - 1)).eval() for _ in range(2))
     with torch.no_grad():
-        sharpness = torch.cat([blank.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
-    cuts = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
-    by_entropy, learnt = (AdaptiveViT(model, levels, cuts, look=look).eval() for _ in range(2))
-    share = sum(learnt.shares) / len(levels)
-    fit_controller(learnt, fitting.images, fitting.labels, share=share)
+        sharpness = torch.cat([by_entropy.gaze(x)[0] for x in fitting.images.split(fitting.batch)])
+    by_entropy.thresholds = [sharpness.quantile(1 - i / len(levels)).item() for i in range(1, len(levels))]
+    fit_controller(learnt, fitting.images, fitting.labels, sum(learnt.shares) / len(levels))
     rows = []
     for name, chooser in {"by entropy": by_entropy, "by a controller": learnt}.items():
         evaluator.run(chooser)

@@ -1,26 +1,14 @@
-"""Figures of token reduction: sweeps, kept and merged patches, methods against time, intervals, speed and its limit."""
+"""Figures of token reduction: sweeps, kept and merged patches, methods at equal cost and against time, intervals."""
 
 import textwrap
 
 import matplotlib.pyplot as plt
-import numpy as np
 import seaborn as sns
 import torch
 
 from vitlab.compress.tokens.merge import MERGES
 from vitlab.study.plots import WIDTH, colours
-
-
-def lines(curves, *, x, y, level=None, title=""):
-    """{label: (x values, y values)} as lines; `level` draws a horizontal line, that of the plain model."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
-    for name, (colour, marker) in colours(curves).items():
-        ax.plot(*curves[name], color=colour, marker=marker, markersize=5, label=name)
-    if level is not None:
-        ax.axhline(level, color="0.3", linestyle="--", linewidth=1, label="plain")
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+from vitlab.study.tokens.comparison import DROPS
 
 
 def heatmaps(sweeps, columns, *, title=""):
@@ -43,31 +31,18 @@ def heatmaps(sweeps, columns, *, title=""):
     return figure
 
 
-def views(images, model):
-    """[(label, uint8 N C H W)] of the images and what a TokenViT that recorded them left of them after each block.
+def views(images, model, seen):
+    """[(label, uint8 N C H W)] of the images and what is left of them after each block of a TokenViT.
 
-    Where it merges, the patches of a token are filled with their mean colour; else patches that are gone are pale.
+    seen: its intermediates. Where it merges, the patches of a token are filled with their mean colour; else patches
+    that are gone are pale.
     """
     found, grid = [("image", images.cpu())], model.adapter.grid
-    for block, (kept, owner) in enumerate(zip(model.kept, model.owners), 1):
+    for block, (kept, owner) in enumerate(zip(seen["kept"], seen["owners"]), 1):
         merges = model.token_config.action in MERGES
         view = mosaic(images, owner.cpu(), grid) if merges else faded(images, present(kept, owner.shape[1]), grid)
         found.append((f"block {block}\n{model.tokens[block - 1]} left", view))
     return found
-
-
-def sheet(views, names=()):
-    """`views` as a sheet: one line each, one column an image, `names` above."""
-    count = len(views[0][1])
-    figure, axes = plt.subplots(len(views), count, figsize=(WIDTH, WIDTH / count * len(views) * 1.02), squeeze=False)
-    for line, (label, pictures) in zip(axes, views):
-        for ax, picture in zip(line, pictures):
-            ax.imshow(picture.permute(1, 2, 0))
-            ax.set_axis_off()
-        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
-    for ax, name in zip(axes[0], names):
-        ax.set_title(name, fontsize=8)
-    return figure
 
 
 def _pixels(images, grid):
@@ -101,14 +76,11 @@ def mosaic(images, owner, grid):
 
 def divergence(rows, *, title=""):
     """KL of methods at equal cost on a log axis, closest to the plain model on top, one marker a share of the MACs."""
-    order = rows.groupby("method").kl.mean().sort_values().index
-    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(order)))
-    shares = sorted(rows["at"].unique(), reverse=True)
-    for share, (colour, marker) in colours(shares).items():
-        part = rows[rows["at"] == share].set_index("method").reindex(order)
-        label = f"{100 * share:.0f} % of the MACs"
-        ax.plot(part.kl, range(len(order)), marker, color=colour, markersize=6, label=label)
-    ax.set_yticks(range(len(order)), order)
+    table = rows.pivot(index="method", columns="at", values="kl")
+    table = table.loc[table.mean(axis=1).sort_values().index]
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.22 * len(table)))
+    for share, (colour, marker) in colours(sorted(table, reverse=True)).items():
+        ax.plot(table[share], table.index, marker, color=colour, label=f"{100 * share:.0f} % of the MACs")
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel="divergence from the plain model's predictions (nats)", title=title)
     ax.legend(fontsize=8)
@@ -127,7 +99,7 @@ def frontier(rows, names, *, title=""):
             ax.plot(100 * part[column], part.change, color=colour, marker=marker, markersize=5, label=name)
         ax.plot(100, 0, "k*", markersize=11, label="plain")
         ax.set(xlabel=f"{label} (% of plain)")
-    low, high = rows[rows.method.isin(names) & (rows.group == "merge")].change.min(), rows.change.max()
+    low, high = rows[rows.method.isin(set(names) - set(DROPS.values()))].change.min(), rows.change.max()
     axes[0].set(ylabel="change of validation accuracy (points)", ylim=(1.15 * low - 0.2, max(high, 0) + 0.3))
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=10)
@@ -144,25 +116,4 @@ def intervals(frames, *, label):
         ax.set_title(textwrap.fill(name, 30), fontsize=8)
     axes[0][0].invert_yaxis()
     figure.supxlabel(label, fontsize=9)
-    return figure
-
-
-def speed(rows, *, title=""):
-    """Measured speed-up a batch size, one bar each, and each method's MAC limit as a black tick."""
-    names, batches = list(rows.method.unique()), list(rows.batch.unique())
-    figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(names) * len(batches)))
-    palette, height = sns.color_palette("colorblind", len(batches)), 0.8 / len(batches)
-    for i, batch in enumerate(batches):
-        part = rows[rows.batch == batch].set_index("method").loc[names]
-        at = np.arange(len(names)) + (i - (len(batches) - 1) / 2) * height
-        drawn = ax.barh(at, part.measured, height * 0.9, color=palette[i], label=f"measured, batch {batch}")
-        ax.bar_label(drawn, [f" {v:.2f}x" for v in part.measured], fontsize=7)
-        ax.plot(part.limit, at, "k|", markersize=14, label="MAC limit" if i == 0 else None)
-    ax.axvline(1, color="0.4", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set(xlabel="times as fast as the plain model", title=title)
-    ax.grid(axis="y", visible=False)
-    ax.margins(x=0.1)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -1,0 +1,101 @@
+"""The scoreboard: what an arm is compared with, changes by hand, the front, what was claimed, the figure."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from vitlab.study import scoreboard
+from vitlab.study.claims import get
+
+
+def rows(*arms, **more):
+    """Rows of (arm, seed, accuracy, ms, images/s)."""
+    names = ("arm", "seed", "accuracy_top1", "latency_ms", "images_per_s")
+    fixed = {"preset": "cpu", "notebook": "05_tokens", "dataset": "cifar10", "batch": 64, "params": 1e6, "macs": 2e6,
+             "size_mb": 4.0, "peak_mb": 8.0, "mj_per_image": None, "why": ""}  # fmt: skip
+    return pd.DataFrame(arms, columns=names).assign(**(fixed | more))
+
+
+TWO = rows(("S3/baseline-small", 0, 60.0, 2.0, 100.0), ("S3/baseline-small", 1, 62.0, 2.0, 100.0),
+           ("S3/pruned-on-small", 0, 59.0, 4.0, 150.0), ("S3/pruned-on-small", 1, 60.0, 2.0, 150.0))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "base"),
+    [
+        ("S2/pruned-40", "S2/baseline"),
+        ("S2/pruned-40-kd", "S2/baseline-tuned"),
+        ("S2/torch-pruning", "S2/baseline-tuned"),
+        ("S2/tiny-kd", "S2/baseline"),
+        ("S0/sparse", "S0/dense"),
+        ("S1/B1", "plain ViT"),
+        ("ours, ToMe at its alpha", "ours"),
+        ("ours/control", "ours/uncut"),
+        ("cnn", "plain ViT"),
+        ("ripple, 65 tokens", "softmax, 65 tokens"),
+        ("softmax at hydra's MACs", "S4/baseline"),
+        ("S4/ripple on tiny-imagenet", None),
+    ],
+)
+def test_what_an_arm_is_compared_with(model, base):
+    present = ("S0/dense", "S2/baseline", "S2/baseline-tuned", "S4/baseline", "ours", "ours/uncut", "plain ViT",
+               "softmax, 65 tokens")  # fmt: skip
+    assert scoreboard.base_of(model, present) == base
+
+
+def test_changes_are_paired_by_seed_and_stand_beside_the_means():
+    base, pruned = scoreboard.board(TWO).to_dict("records")
+    assert (base["family"], pruned["family"], pruned["base"]) == ("baseline", "tokens dropped", "S3/baseline")
+    assert (base["change"], base["latency_x"], base["accuracy_top1"]) == (0, 1, 61)
+    assert (pruned["change"], pruned["n"], pruned["images_per_s_x"]) == (-1.5, 2, 1.5)
+    assert pruned["latency_x"] == pytest.approx((0.5 + 1) / 2) and 0 < pruned["margin"] < 2
+    assert pruned["accuracy_top1 %"] == pytest.approx(50 * (59 / 60 + 60 / 62) - 100)
+    assert pd.isna(pruned["mj_per_image"]) and pruned["made by"] == ""
+
+
+def test_presets_are_never_mixed_and_older_code_is_told():
+    with pytest.raises(ValueError, match=r"\['cpu', 'gpu'\] do not compare"):
+        scoreboard.board(pd.concat([TWO, TWO.assign(preset="gpu")]))
+    assert set(scoreboard.board(TWO.assign(why="made by older code"))["made by"]) == {"made by older code"}
+    other = scoreboard.board(pd.concat([TWO, TWO.assign(notebook="06_other", accuracy_top1=1.0)]))
+    assert other.change.tolist() == [0, -1.5, 0, 0]  # of its own notebook's base
+
+
+def test_without_rows_there_is_an_empty_board_and_figure():
+    board = scoreboard.board(pd.DataFrame())
+    assert len(board) == 0 and set(scoreboard.board(TWO)) <= set(board)
+    plt.close(scoreboard.chart(board, [("latency_x", "change"), ("macs", "accuracy_top1")]))
+    assert "<table" in scoreboard.sortable(board).data
+
+
+def test_the_front_is_what_none_other_beats():
+    frame = pd.DataFrame({"cost": [3.0, 1.0, 2.0, 2.0, None], "accuracy_top1": [9.0, 5.0, 7.0, 6.0, 99.0]})
+    assert scoreboard.front(frame, "cost").cost.tolist() == [1, 2, 3]
+    assert scoreboard.front(frame, "cost", lower=False).cost.tolist() == [3]
+
+
+def test_what_was_claimed_is_computed_from_the_claims():
+    said = scoreboard.claimed().set_index("model")
+    assert said.loc["S3/pruned-alpha-1.2", "images_per_s_x"] == 1.85
+    drop = get("S3/pruned-alpha-1.2/accuracy-drop").value
+    assert said.loc["S3/pruned-alpha-1.2", "change"] == pytest.approx(-drop)
+    assert said.loc["S2/pruned-40-kd", "latency_x"] == pytest.approx(2.17 / 1.88)
+    assert "S0/sparse" not in said.index and "S2/baseline" not in said.index
+
+
+def test_the_chart_shows_every_arm_and_every_star():
+    board = scoreboard.board(TWO)
+    pairs = [("images_per_s_x", "change"), ("latency_x", "change")]
+    figure = scoreboard.chart(board, pairs, said=scoreboard.claimed())
+    left, right = figure.axes
+    assert "batch 64" in left.get_xlabel() and "batch 1" in right.get_xlabel()
+    stars = next(line for line in left.lines if line.get_label() == "claimed")
+    assert len(stars.get_xdata()) == scoreboard.claimed().images_per_s_x.notna().sum()
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"baseline", "tokens dropped", "claimed"}
+    plt.close(figure)
+
+
+def test_a_sortable_table_has_a_click_on_each_heading():
+    html = scoreboard.sortable(pd.DataFrame({"a": [1.0, None], "b": ["x", "y"]})).data
+    assert html.count("onclick=") == 2 and "NaN" not in html

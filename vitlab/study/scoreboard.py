@@ -1,0 +1,135 @@
+"""The scoreboard: every measured arm beside the model it was made from, and where the projects said they would be."""
+
+import math
+import re
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from vitlab.metrics.measure import COLUMNS
+from vitlab.study import claims, plots
+from vitlab.study.noise import NOISE, interval
+
+SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
+IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
+LABELS = {"change": "change in accuracy (points)", "latency_x": "measured speed-up, batch 1",
+          "images_per_s_x": "measured speed-up, batch {}"}  # fmt: skip
+# family -> what the name of such an arm has in it (the first that fits); what others are compared with is a "baseline"
+FAMILIES = {
+    "softmax attention": "^softmax|^dense", "distilled": "kd", "CNN": "(?i)cnn", "sparse attention": "sparse|top-?k",
+    "factorised attention": "S1/|team", "linear attention": "ripple|hydra|linear", "tokens merged, ToMe": "ToMe",
+    "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving", "smaller model": "tiny",
+    "tokens dropped": "drop|EViT|attention at|random at|S3/|pooled-last", "channels pruned": "",
+}  # fmt: skip
+
+
+def base_of(model, present):
+    """The name, among those `present`, of the arm that `model` is a cheaper form of: its control where it has one."""
+    name, _, data = model.partition(" on ")
+    project = re.match(r"S\d/|ours", name)
+    if project:  # what was trained on is held against the baseline that was trained on
+        tuned = name.startswith("ours/") or (re.search("tuned|-kd|torch-pruning", name) and "tiny" not in name)
+        wanted = [f"{project[0]}baseline-tuned", "ours/uncut"] * bool(tuned) + [f"{project[0]}baseline"]
+        wanted += [f"{project[0]}dense", project[0], "plain ViT"]
+    else:
+        wanted = [f"softmax, {name.partition(', ')[2]}", *["S4/baseline"] * name.startswith("softmax"), "dense"]
+        wanted += ["plain ViT", "ours"]
+    return next((w for w in (f"{w} on {data}" if data else w for w in wanted) if w in present), None)
+
+
+def board(rows):
+    """The mean of each arm's seeds (a DataFrame): SHOWN, and against its `base` in the same notebook and data: change
+    (points) with margin (95 %), latency_x and images_per_s_x (speed-ups), and "<column> %" (change of each of SHOWN).
+
+    rows: of one preset (else ValueError), as `read_rows` gives them; a column `why` says of which code a row is.
+    """
+    if not len(rows):
+        return pd.DataFrame(columns=[*IDENTITY, *SHOWN, *(f"{c} %" for c in SHOWN), *LABELS, "margin"])
+    if rows.preset.nunique() > 1:
+        raise ValueError(f"rows of the presets {sorted(rows.preset.unique())} do not compare; choose one")
+    lines = []
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows, *SHOWN, "why"])]).fillna({"why": ""})
+    rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace("-small", ""))
+    for (notebook, data), part in rows.groupby(["notebook", "dataset"]):
+        arms = {model: seeds.groupby("seed").last() for model, seeds in part.groupby("model", sort=False)}
+        for model, mine in arms.items():
+            base, values = base_of(model, arms), mine[list(SHOWN)].astype(float)
+            family = next(family for family, words in FAMILIES.items() if re.search(words, model))
+            family = "baseline" if base in (model, None) else family
+            known = (notebook, mine.arm.iloc[0], data, family, len(mine), base, mine.batch.iloc[0], mine.why.max())
+            lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()))
+            if base:
+                other = arms[base][list(SHOWN)].astype(float)
+                apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
+                change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"])
+                lines[-1] |= {f"{c} %": 100 * (values[c] / other[c] - 1).mean() for c in SHOWN} | {
+                    "change": change, "margin": margin, "latency_x": (other.latency_ms / values.latency_ms).mean(),
+                    "images_per_s_x": (values.images_per_s / other.images_per_s).mean()}  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def front(frame, cost, quality="accuracy_top1", lower=True):
+    """The rows of `frame` that none other beats in both, cost (`lower` or higher is better) and quality."""
+    frame = frame.dropna(subset=[cost, quality]).sort_values([cost, quality], ascending=[lower, False])
+    return frame[frame[quality] > frame[quality].cummax().shift(fill_value=-math.inf)]
+
+
+def claimed():
+    """Where the projects said they would be: model, change (points), and latency_x or images_per_s_x."""
+    known, lines = {c.id: c.value for c in claims.load()}, []
+    for claim in claims.select(kind="accuracy", source="published"):
+        if claim.metric in ("accuracy", "cifar100-accuracy") and claim.model not in ("baseline", "dense"):
+            mine, base = f"{claim.project}/{claim.model}", f"{claim.project}/baseline"
+            fast = known.get(f"{mine}/speed-up", known.get(f"{mine}/training-speed-up", math.nan))
+            at_one = known.get(f"{base}/latency", math.nan) / known.get(f"{mine}/latency", math.nan)
+            lines.append((mine, claim.value - known.get(f"{base}/{claim.metric}", math.nan), at_one, fast))
+    return pd.DataFrame(lines, columns=["model", *LABELS]).dropna(thresh=3)
+
+
+def chart(frame, panels, *, said=None):
+    """Panels side by side, each a pair of columns (x, y): one marker a family, 95 % where several seeds are, the front.
+
+    said: points of `claimed`, as hollow stars, named where no other name stands.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
+    look = plots.colours(["baseline", *FAMILIES])
+    for ax, (x, y) in zip(axes[0], panels):
+        scale = COLUMNS[x].scale if x in COLUMNS else 1.0
+        for family, part in frame.dropna(subset=[x, y]).groupby("family", sort=False):
+            colour, marker = look[family]
+            ax.errorbar(part[x] * scale, part[y], part.margin.where(part.n > 1), fmt=marker, color=colour,
+                        label=family, markersize=6, alpha=0.85)  # fmt: skip
+        if said is not None:
+            part = said.dropna(subset=[x])
+            ax.plot(part[x], part[y], "*", markersize=13, markerfacecolor="none", color="k", label="claimed")
+        if y == "change":
+            ax.axhline(0, color="0.5", linewidth=0.8)
+            ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
+            ax.yaxis.set_major_formatter("{x:+g}")
+        else:
+            best = front(frame, x, y, lower=x != "images_per_s")
+            ax.plot(best[x] * scale, best[y], color="0.6", linewidth=1, zorder=0)
+        ax.margins(0.08)
+        ax.set(xscale="log", ylabel=LABELS.get(y) or plots.axis(y),
+               xlabel=LABELS[x].format(f"{frame.batch.max():g}") if x in LABELS else plots.axis(x))  # fmt: skip
+        plots.plain_log(ax.xaxis)
+        named = []
+        for *at, name in () if said is None else said.sort_values(x)[[x, y, "model"]].dropna()[::-1].to_numpy():
+            place = ax.transData.transform(at)
+            if all(any(abs(place - other) > (90, 12)) for other in named):
+                named.append(place)
+                ax.annotate(name, at, (0, -7), textcoords="offset points", fontsize=7, ha="center", va="top")
+    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
+    return figure
+
+
+def sortable(frame):
+    """A table for a notebook whose columns sort at a click on their heading."""
+    from IPython.display import HTML
+
+    click = ("const t=this.closest('table').tBodies[0],i=this.cellIndex,v=r=>r.cells[i].innerText,"
+             "d=this.d=-(this.d||-1);[...t.rows].sort((a,b)=>d*(v(a)-v(b)||v(a).localeCompare(v(b))))"
+             ".forEach(r=>t.append(r))")  # fmt: skip
+    table = frame.to_html(index=False, na_rep="", border=0)
+    return HTML(table.replace("<th>", f'<th style="cursor:pointer" onclick="{click}">'))
