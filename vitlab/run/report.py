@@ -35,7 +35,7 @@ def render(root):
     """{file name: text} of the three files."""
     evidence = Evidence(root)
     readme = (evidence.root / "README.md").read_text(encoding="utf-8")
-    parts = {"hero": hero(evidence.root), "projects": projects(evidence), "findings": findings(evidence),
+    parts = {"hero": hero(evidence), "projects": projects(evidence), "findings": findings(evidence),
              "status": status(evidence)}  # fmt: skip
     return {"README.md": fill(readme, parts), "RESULTS.md": results(evidence), "CLAIMS.md": claims_page(evidence)}
 
@@ -113,11 +113,16 @@ def markdown(headings, lines):
 
 # -------------------------------------------------------------------------------------------- README
 
-def hero(root):
-    """The scoreboard's picture, of the best preset that has one."""
-    found = [p for p in (f"figures/{preset}/07_scoreboard/hero.png" for preset in PRESETS) if (root / p).exists()]
+def hero(evidence):
+    """The scoreboard's picture, of the best preset that has one, and of how many rows by which code it is."""
+    found = [p for p in PRESETS if (evidence.root / f"figures/{p}/07_scoreboard/hero.png").exists()]
+    if not found:
+        return "The picture comes with notebook 07.\n"
     told = "Change in accuracy against measured speed-up; hollow stars: where the projects said they would be"
-    return f"![{told}]({found[0]})\n" if found else "The picture comes with notebook 07.\n"
+    rows = [rows for stem, rows in evidence.rows.items() if evidence.preset[stem] == found[0]]
+    old, count = sum((r.why != "").sum() for r in rows), sum(map(len, rows))
+    note = f"\n{old} of the {count} rows behind it were made by older code.\n" if old else ""
+    return f"![{told}](figures/{found[0]}/07_scoreboard/hero.png)\n{note}"
 
 
 def projects(evidence):
