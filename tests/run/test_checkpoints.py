@@ -14,7 +14,7 @@ from vitlab.models.timm import TimmConfig
 
 def kinds(folder):
     """A file of every kind of model that the package writes, of 10 classes."""
-    config = vitlab.ViTConfig(image_size=32, patch_size=8, dim=16, depth=2, heads=2)
+    config = vitlab.ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, heads=2)
     dense = config.build()
     models = {
         "dense": dense, "gated": GatedViT(dense), "reduced": vitlab.reduce_tokens(dense, r_max=0.5),

@@ -251,10 +251,11 @@ def register_with_timm():
 
     The factories take num_classes, img_size, in_chans and drop_path_rate; there are no pretrained weights.
     """
-    from timm.models import register_model
+    from timm.models import is_model, register_model
 
     for name in VARIANTS:
-        register_model(_factory(name))
+        if not is_model(f"favit_{name}"):
+            register_model(_factory(name))
 
 
 def _factory(name):
