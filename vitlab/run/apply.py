@@ -81,6 +81,8 @@ def load_model(name, classes, device):
         model = timm.create_model(name, pretrained=bool(weights))
     except Exception as error:  # whatever a download may raise
         raise ValueError(f"timm:{name},{weights}: its weights cannot be had: {error}") from error
+    if not weights:
+        print(f"timm:{name} without ',pretrained': its weights are random, so that only its times tell anything")
     new = not weights or model.num_classes != classes
     if new:
         model.reset_classifier(classes)
