@@ -5,6 +5,8 @@ set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv=$here/.venv
+# threads that wait sleep: spinning ones stop each other where another program is busy, too
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" VITLAB_PROG=run_all.sh
 
 die() { echo "run_all.sh: $*" >&2; exit 2; }
