@@ -137,3 +137,13 @@ def test_root_and_device(mini_cifar, monkeypatch):
     moved = found.to("meta")
     assert moved.train.images.is_meta and moved.val.labels.is_meta and moved.key == found.key
     assert load("cifar10", val=10, device="meta").test.images.is_meta
+
+
+def test_fewer_training_images_are_other_data():
+    """Their own key and name, so that no arm or row of the whole is taken for one of the part; nothing else changes."""
+    whole = load("tiny")
+    part = whole.with_train(100)
+    assert len(part.train) == 100 and part.name == "tiny, 100 images"
+    assert torch.bincount(part.train.labels).tolist() == [10] * 10
+    assert len({whole.key, part.key, whole.with_train(200).key}) == 3 and whole.with_train(100).key == part.key
+    assert part.test is whole.test and part.val is whole.val and part.mean == whole.mean

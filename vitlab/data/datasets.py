@@ -80,6 +80,12 @@ class Dataset:
         """The same data on `device`."""
         return dataclasses.replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
 
+    def with_train(self, images):
+        """The same data with the first `images` training images (as `Split.take`); a key and a name of its own."""
+        train = self.train.take(images)
+        return dataclasses.replace(self, train=train, name=f"{self.name}, {len(train):,} images",
+                                   key=digest([self.key, "train", len(train)]))  # fmt: skip
+
     def describe(self):
         """One line: name, sizes, shape, classes, key."""
         counts = ", ".join(f"{len(getattr(self, part)):,} {part}" for part in PARTS)

@@ -108,7 +108,7 @@ def frontier(rows, names, *, title=""):
 
 def intervals(frames, *, label):
     """Changes with their intervals (columns change, low, high), one line a method, one panel an entry of `frames`."""
-    size = (WIDTH * 1.2, 1.1 + 0.26 * max(map(len, frames.values())))
+    size = (WIDTH * 1.2, 1.5 + 0.26 * max(map(len, frames.values())))
     figure, axes = plt.subplots(1, len(frames), figsize=size, squeeze=False, sharey=True)
     for ax, (name, found) in zip(axes[0], frames.items()):
         ax.errorbar(found.change, found.index, xerr=(found.change - found.low, found.high - found.change), fmt="o")
