@@ -74,6 +74,13 @@ class Terms:
     kernels: list = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
+    @classmethod
+    def from_now(cls, fresh, budget, timeout, width=1):
+        """The terms for the next `budget` seconds."""
+        limit = time.time() + budget
+        # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
+        return cls(fresh, limit - min(30, budget / 10), limit, timeout, width)
+
 
 @functools.cache
 def cuda_device():
@@ -138,12 +145,10 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
     width: so many kernels train side by side, one for each seed of each notebook. Then every notebook runs as a whole
     and alone, finds its arms trained and measures them undisturbed.
     """
-    limit, outcomes = time.time() + budget, []
-    # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
-    terms = Terms(not resume, limit - min(30, budget / 10), limit, timeout, width)
+    terms, outcomes = Terms.from_now(not resume, budget, timeout, width), []
     if width > 1:
         due = [job for job in jobs if not resume or standing(project, job) != SKIPPED]
-        _side_by_side(project, [part for job in due for part in _by_seed(job)], terms)
+        _side_by_side(project, [part for job in due for part in by_seed(job)], terms)
         terms = dataclasses.replace(terms, width=1, fresh=False)
     for position, job in enumerate(jobs, 1):
         stem, state = job.notebook.stem, standing(project, job)
@@ -159,7 +164,7 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
     return outcomes
 
 
-def _by_seed(job):
+def by_seed(job):
     """[(label, job)]: the job once for each of its seeds; none where it only reads rows."""
     stem, parameters = job.notebook.stem, job.notebook.parameters | job.parameters
     seeds = () if job.notebook.reads else parameters.get("seeds", ())
