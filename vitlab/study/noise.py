@@ -48,10 +48,15 @@ def run_noise(rows):
     return math.hypot(NOISE["accuracy"], sampling_error(rows.accuracy_top1.mean(), rows.n.min()))
 
 
-def word(difference, noise=NOISE["accuracy"]):
-    """A change in accuracy as said in a sentence: "-1.20 points"; within twice the noise of two runs it says so."""
-    inside = abs(difference) <= 2 * math.sqrt(2) * noise
-    return f"{difference:+.2f} points" + (" (within the noise of two runs)" if inside else "")
+def change(rows, arm, other):
+    """Accuracy of one arm of `rows` less that of another, over the seeds that both have: "-1.20 ± 0.80 points".
+
+    That is the 95 % interval of the mean, by the seeds and `run_noise`; a difference inside it is called unclear.
+    """
+    by_seed = rows.pivot(index="seed", columns="arm", values="accuracy_top1")
+    apart = (by_seed[arm] - by_seed[other]).dropna().tolist()
+    mean, _, margin = interval(apart, math.sqrt(2) * run_noise(rows))
+    return f"{mean:+.2f} ± {margin:.2f} points" + ", unclear" * (abs(mean) <= margin)
 
 
 def over_seeds(values, column):
