@@ -6,7 +6,6 @@ Every step keeps what it has done in a folder beside --out, so that the same com
 import ast
 import copy
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -114,7 +113,7 @@ class Work:
     def __init__(self, out, options):
         self.folder, note = Path(f"{out}.work"), Path(f"{out}.work") / "options.json"
         options = files.plain(options)
-        if note.exists() and (before := json.loads(note.read_text())) != options:
+        if note.exists() and (before := files.read_json(note)) != options:
             changed = ", ".join(f"{k}: {before.get(k)!r}" for k in options if before.get(k) != options[k])
             raise ValueError(f"{self.folder} is a run that was stopped, with other options ({changed}): "
                              "give the same, another --out, or remove it")  # fmt: skip
