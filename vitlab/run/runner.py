@@ -32,7 +32,7 @@ PROBE = "import torch;print(torch.cuda.get_device_name() if torch.cuda.is_availa
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with the parameters it is to run with."""
+    """One notebook with the parameters it is to run with; preset: the name of the folders that its outputs go to."""
 
     notebook: nb.Notebook
     preset: str
@@ -106,7 +106,8 @@ def choose_preset():
 def plan(project, preset, only=(), seeds=None, overrides=None):
     """The jobs to run, in running order; every parameter is checked here, before anything starts (ValueError).
 
-    only: notebooks, by number ("01") or whole name. overrides: parameters of all chosen notebooks.
+    only: notebooks, by number ("01") or whole name. overrides: parameters of all chosen notebooks. What runs on a data
+    set of the user's has folders of its own (results/tiny-birds), so that rows of different data never lie together.
     """
     found, overrides, jobs = nb.find(project.source), overrides or {}, []
     values = nb.preset_parameters(project.source, preset, found)
@@ -116,7 +117,10 @@ def plan(project, preset, only=(), seeds=None, overrides=None):
         # what only reads rows has no seeds
         extra = overrides | ({"seeds": seeds} if seeds and "seeds" in notebook.parameters else {})
         nb.check_parameters(notebook, extra)
-        jobs.append(Job(notebook, preset, values[notebook.stem] | extra))
+        given, name, place = values[notebook.stem] | extra, overrides.get("dataset"), preset
+        if name and not notebook.reads and name != (notebook.parameters | values[notebook.stem])["dataset"]:
+            place = f"{preset}-{re.sub(r'[^A-Za-z0-9]+', '-', name.removeprefix('folder:')).strip('-')}"
+        jobs.append(Job(notebook, place, given | {"preset": place} if place != preset else given))
     if overrides.get("dataset") not in (None, "", "tiny"):
         sources.plan(overrides["dataset"], sources.home())
     return jobs
