@@ -1,12 +1,14 @@
 """What keys are made of."""
 
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 
 import pytest
 
-from vitlab.utils.files import LATER, identity, locked, plain
+from vitlab.utils.files import LATER, identity, locked, plain, write_text
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,41 @@ def test_a_later_field_counts_only_where_it_is_used():
     assert plain(New())["norm"] == "layer", "what is saved holds every field"
 
 
-def test_a_lock_is_waited_for(tmp_path):
-    waiting = "import sys; from vitlab.utils.files import locked\nwith locked(sys.argv[1]): print('got it', flush=True)"
-    with locked(tmp_path / "new" / "lock"):
-        process = subprocess.Popen([sys.executable, "-c", waiting, tmp_path / "new" / "lock"], stdout=subprocess.PIPE)
+HOLD = "import sys, time; from vitlab.utils.files import locked\nwith locked(sys.argv[1]): print('in', flush=True); "
+
+
+def holder(path, then):
+    process = subprocess.Popen([sys.executable, "-c", HOLD + then, path], stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_a_lock_is_waited_for_and_says_who_holds_it(tmp_path):
+    path = tmp_path / "new" / "01.lock"
+    with locked(path) as waited:
+        assert not waited
+        process, line = holder(path, "")
+        assert re.fullmatch(rf"waiting for .+, process {os.getpid()}, since 20\S+, at work on 01", line)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=2)
-    assert process.communicate(timeout=60)[0] == b"got it\n"
+            process.wait(timeout=1)
+    assert process.communicate(timeout=60)[0] == "in\n"
+
+
+def test_a_lock_of_a_dead_process_is_taken_over_and_one_can_stop_waiting(tmp_path):
+    process, line = holder(tmp_path / "a", "time.sleep(99)")
+    said = []
+    with pytest.raises(TimeoutError, match=f"process {process.pid}"), locked(tmp_path / "a", said.append, lambda: said):
+        pass
+    assert line == "in" and f"process {process.pid}, since" in said[0]
+    process.kill()
+    process.wait()
+    with locked(tmp_path / "a", said.append) as waited:
+        assert not waited and f"process {os.getpid()}" in (tmp_path / "a").read_text()
+
+
+def test_what_killed_runs_left_unfinished_goes(tmp_path):
+    for name in (".a.json.x.part", ".a.json.y.part", ".b.json.x.part"):
+        (tmp_path / name).write_text("half")
+    for name in (".a.json.x.part", ".b.json.x.part"):
+        os.utime(tmp_path / name, (0, 0))
+    write_text(tmp_path / "a.json", "{}")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", ".a.json.y.part", ".b.json.x.part"}

@@ -4,20 +4,18 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitlab.data import sources
 from vitlab.data.sources import DatasetMissing, Source
-from vitlab.utils.files import atomic, digest
+from vitlab.utils.files import digest
 from vitlab.utils.rng import generator as stream
+from vitlab.utils.tensors import load_tensors, save_tensors
 
 __all__ = ["Dataset", "DatasetMissing", "Split", "batches", "load"]
 VERSION = 1  # of the cache files; raise it when decoding or their layout changes
@@ -236,7 +234,7 @@ def _opened(plan, root, on_error, size):
     prepared = _prepared(source)
     try:
         _write_cache(path, plan.stamp, *prepared)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         print(f"{path} cannot be written ({error}): the data are read anew each time", flush=True)
     return prepared
 
@@ -270,24 +268,19 @@ def _write_cache(path, stamp, source, about):
         tensors |= {f"{part}_images": images, f"{part}_labels": labels}
     facts = {"version": VERSION, "stamp": stamp, "content": about["content"]}
     facts |= {"classes": source.classes, "skipped": source.skipped}
-    with atomic(path) as unfinished:
-        save_file(tensors, unfinished, {"vitlab": json.dumps(facts)})
-    for left in path.parent.glob(f".{path.name}.*.part"):  # by a run that was killed
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
+    save_tensors(path, tensors, {"vitlab": json.dumps(facts)})
 
 
 def _read_cache(path, stamp, on_error):
     """What _prepared gave when the cache was written; None unless it is there, whole and in date."""
     try:
-        with safe_open(path, "pt") as file:  # refuses a file whose length is not what its header says
-            facts = json.loads(file.metadata()["vitlab"])
-            if facts["version"] != VERSION or (stamp is not None and facts["stamp"] != stamp):
-                return None
-            if facts["skipped"] and on_error == "raise":  # the broken images are to be named
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        tensors, said = load_tensors(path)
+        facts = json.loads(said["vitlab"])
+        if facts["version"] != VERSION or (stamp is not None and facts["stamp"] != stamp):
+            return None
+        if facts["skipped"] and on_error == "raise":  # the broken images are to be named
+            return None
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     splits = {p: (tensors[f"{p}_images"], tensors[f"{p}_labels"]) for p in PARTS if f"{p}_images" in tensors}
     source = Source(splits, tuple(facts["classes"]), facts["skipped"])

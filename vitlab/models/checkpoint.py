@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import vitlab
 from vitlab.utils.device import eager
-from vitlab.utils.files import atomic, plain
+from vitlab.utils.files import plain
+from vitlab.utils.tensors import load_tensors, save_tensors
 
 FORMAT = "vitlab-model-1"
 REGISTRY = {}  # kind -> config class
@@ -111,9 +110,7 @@ def save(model, path, about=None):
     meta = {"format": FORMAT, "config": json.dumps(to_dict(model.config)),
             "about": json.dumps(plain(about or {}), allow_nan=False)}  # fmt: skip
     # copies, as safetensors refuses tensors that share their memory
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
-    with atomic(path) as part:
-        save_file(tensors, part, meta)
+    save_tensors(path, {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}, meta)
 
 
 def read(path):
@@ -147,14 +144,12 @@ def _named(path, action):
         raise FileNotFoundError(f"{path} is not there")
     try:
         return action(path)
-    except (SafetensorError, KeyError, UnicodeDecodeError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model that this version can read: {error}") from error
 
 
 def _read(path):
-    with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
+    tensors, meta = load_tensors(path)
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
     return Stored(from_dict(json.loads(meta["config"])), json.loads(meta["about"]), tensors)

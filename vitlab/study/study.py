@@ -10,7 +10,6 @@ study.settle_rows(rows, claims.select(project="S0"))
 
 import copy
 import dataclasses
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
-from vitlab.utils.files import described, digest, identity, locked, write_json
+from vitlab.utils.files import described, digest, identity, locked, read_json, write_json
 from vitlab.utils.provenance import provenance
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"  # trained arms that come with the project
@@ -110,10 +109,13 @@ class Study:
         key = arm_key(spec.config, recipe, data.key, start=start, objective=objective, on_epoch=on_epoch)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
-        with locked(state.with_suffix(".lock")):  # another job may be training it
+        with locked(state.with_suffix(".lock"), lambda line: self.log(f"{name}, seed {seed}: {line}")):
             stored = (path if path.exists() else _shipped(key)) if not self.fresh or key in self._trained else None
             if stored:
-                return self.load(stored, spec, name=name, seed=seed)
+                arm = self.load(stored, spec, name=name, seed=seed)
+                if arm.key != key:
+                    raise ValueError(f"{stored} holds another arm ({arm.key}): delete it, and {name} is trained again")
+                return arm
             rng.seed_all(seed)
             model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
             self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
@@ -250,4 +252,4 @@ def say(text):
 def read_rows(root, preset, notebook="*"):
     """A DataFrame of all rows under results/<preset>/<notebook>/; empty where there are none."""
     files = sorted(Path(root, "results", preset).glob(f"{notebook}/*.json"))
-    return pd.DataFrame([json.loads(f.read_text()) for f in files if f.name not in NO_ROWS.values()])
+    return pd.DataFrame([read_json(f) for f in files if f.name not in NO_ROWS.values()])

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
-from vitlab.utils.files import atomic, digest
+from vitlab.utils.files import digest
+from vitlab.utils.tensors import load_tensors, save_tensors
 
 FORMAT = "vitlab-training-1"
 
@@ -50,19 +49,15 @@ class TrainingState:
         meta = {"format": FORMAT, "identity": self.identity, "history": json.dumps(history), "hooks": json.dumps(hooks),
                 "dtype": self.dtype or ""}  # fmt: skip
         # clones: tied or viewed tensors share storage, which safetensors refuses
-        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in self.tensors().items()}
-        with atomic(self.path) as part:
-            save_file(tensors, part, meta)
+        save_tensors(self.path, {k: v.detach().cpu().clone().contiguous() for k, v in self.tensors().items()}, meta)
 
     def load(self):
         """Restore the run found at the path; its history, [] when there is none."""
         if self.path is None or not self.path.exists():
             return []
         try:
-            with safe_open(self.path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a mapping
-        except SafetensorError as error:
+            tensors, meta = load_tensors(self.path)
+        except ValueError as error:
             raise ValueError(f"{self.path} is not a readable checkpoint ({error}); delete it to start anew") from error
         if meta.get("format") != FORMAT or meta.get("identity") != self.identity:
             raise ValueError(

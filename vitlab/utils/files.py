@@ -2,13 +2,18 @@
 
 import contextlib
 import dataclasses
+import datetime
+import glob
 import hashlib
 import inspect
 import json
 import os
+import socket
 import tempfile
+import time
 from pathlib import Path
 
+LEFT_S = 3600  # age in seconds at which an unfinished file is taken for that of a run that was killed
 LATER = {"later": True}  # metadata of a dataclass field that was added after arms had been trained
 
 
@@ -17,7 +22,8 @@ def atomic(path):
     """Yield a temporary path beside `path`; rename it onto `path` if the block ends well.
 
     A reader therefore never sees half a file, and a failed or killed writer leaves the old one. The
-    parent folders are made. The data reach the disk before the rename.
+    parent folders are made. The data reach the disk before the rename. What runs that were killed an hour ago and
+    more left unfinished of this file goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,21 +39,52 @@ def atomic(path):
         os.umask(umask)
         part.chmod(0o666 & ~umask)
         part.replace(path)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > LEFT_S:
+                    left.unlink()
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Hold the lock file `path` for a block; wait while another process holds it (not on Windows)."""
+def locked(path, tell=print, stop=lambda: False):
+    """Hold the lock file `path` for a block (no lock on Windows); the block is told whether it had to wait.
+
+    While another process holds it: tell(line) once who that is, and wait. The file says it: host, process, since when.
+    The operating system takes a lock from a process that died, so none is ever left behind. TimeoutError, with
+    the holder, once stop() is true.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
+    told = False
+    with path.open("a+") as file:
+        while not _flock(file):
+            file.seek(0)
+            holder = file.read()
+            if stop():
+                raise TimeoutError(f"{path} is still held by {holder or 'another process'}")
+            if holder and not told:
+                tell(f"waiting for {holder}, at work on {path.stem}")
+                told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}")
+        file.flush()
+        yield told
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+def _flock(file):
+    """Lock an open file if no other process has; False where one has."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def plain(value):
