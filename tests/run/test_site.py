@@ -7,13 +7,12 @@ from pathlib import Path
 import chromium
 import nbformat
 import pytest
-from small_projects import write
 
 from vitlab.run import notebooks, report, site
 
 ROOT = Path(__file__).parents[2]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-TABLE = """<table class="dataframe"><thead><tr style="text-align: right;"><th></th><th></th><th>share</th><th>note</th></tr>
+TABLE = """<table><thead><tr style="text-align: right;"><th></th><th></th><th>share</th><th>note</th></tr>
 <tr><th>arm</th><th>n</th><th></th><th></th></tr></thead><tbody>
 <tr><th rowspan="2">b</th><th>1</th><td>10.5</td><td>{long}</td></tr><tr><th>2</th><td>-9</td><td>x</td></tr>
 <tr><th>a</th><th>1</th><td>1,200</td><td></td></tr></tbody></table>""".format(long="a long note " * 40)
@@ -31,8 +30,9 @@ def small(make):
     (root / "p.png").write_bytes(base64.b64decode(PNG))
     book = nbformat.read(root / "notebooks/01_a.ipynb", 4)
     book.cells += [nbformat.v4.new_markdown_cell("**Why?** For $\\tfrac{a}{b}$ and\n\n$$\\sum_i x_i$$\n")]
-    shown = [{"text/html": TABLE}, {"image/png": PNG}, {"text/plain": "w" * 500}]
-    book.cells += [nbformat.v4.new_code_cell("show()", outputs=[nbformat.v4.new_output("display_data", s) for s in shown])]
+    outputs = [nbformat.v4.new_output("display_data", shown)
+               for shown in ({"text/html": TABLE}, {"image/png": PNG}, {"text/plain": "w" * 500})]
+    book.cells += [nbformat.v4.new_code_cell("show()", outputs=outputs)]
     book.metadata["vitlab"] = {"status": "done", "finished": "2026-11-24T10:00", "device": "a CPU", "rows": 0}
     project.executed("cpu").mkdir(parents=True)
     nbformat.write(book, project.executed("cpu") / "01_a.ipynb")

@@ -14,7 +14,6 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from vitlab.run import notebooks as nb
 from vitlab.run import report
 from vitlab.utils.files import write_text
 
@@ -78,7 +77,7 @@ class Exporter(HTMLExporter):
 
     def default_filters(self):
         yield from super().default_filters()
-        yield "clean_html", str  # which takes seconds, and is for the notebooks of strangers
+        yield "clean_html", lambda html: html  # which takes seconds, and is for the notebooks of strangers
 
     def markdown2html(self, source):
         return self.convert_markdown(source)
