@@ -33,7 +33,10 @@ set-up by run_all.sh (these are not options of `vitlab run`'s own work):
 TRAIN_HELP = """\
 Train a model. Every field of its config and of the training recipe is an option, such as --mlp-dim 512,
 --optimizer sgd or --augment crop(4)+flip. A ViT starts from the shape of S4/baseline (vitlab/study/zoo.py); the recipe
-is that model's, too: AdamW, cosine, smoothing, mixup; 10 of 200 epochs are warm-up, in that proportion for others."""
+is that model's, too: AdamW, cosine, smoothing, mixup; 10 of 200 epochs are warm-up, in that proportion for others.
+
+Several processes or GPUs train together, each on its share of every batch, if torchrun starts them:
+  torchrun --nproc-per-node 4 -m vitlab train --dataset cifar10 --checkpoint model.safetensors"""
 
 
 APPLY_HELP = """\
@@ -72,6 +75,8 @@ def add_run(commands):
                      help="set a parameter of all chosen notebooks (VALUE as in YAML); may be repeated")
     sub.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="train so many notebooks and seeds "
                      "side by side, the cores shared out; each notebook then runs alone and measures what was trained")
+    sub.add_argument("--slurm", nargs="?", const="", metavar="OPTIONS", help="train as tasks of a Slurm job array, "
+                     "with these options of sbatch (--slurm='--partition=gpu --gpus=1'); a last job runs the notebooks")
     resume = sub.add_mutually_exclusive_group()
     resume.add_argument("--resume", action="store_true", default=True,
                         help="skip what is up to date, go on with what was stopped (the default)")

@@ -8,7 +8,7 @@ import vitlab
 from vitlab import cli
 from vitlab.models import checkpoint
 from vitlab.models.vit import ViT, ViTConfig
-from vitlab.run import apply
+from vitlab.run import apply, auto_tokens
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, dim=24, depth=2, heads=3, mlp_dim=48, num_classes=2)
 
@@ -48,6 +48,18 @@ def test_it_makes_a_smaller_model_and_says_whether_that_paid(given, capsys):
     assert cli.main(command) == 2 and "exists" in capsys.readouterr().err
 
 
+def test_accuracies_that_say_little_are_said_to():
+    right = torch.arange(400) < 300
+    rows = {apply.BEFORE: {"right": right, "chance": torch.tensor(0.1)}, apply.AFTER: {"right": right}}
+    assert apply.doubt(rows) == []
+    rows[apply.BEFORE]["chance"] = torch.tensor(0.75)
+    assert "75.0 % are right, about as many as by naming the commonest class" in apply.doubt(rows)[0]
+    few = {name: row | {"right": row["right"][270:310], "chance": torch.tensor(0.1)} for name, row in rows.items()}
+    found, = apply.doubt(few)
+    # no pair differs: the interval is that of 1/2 each way in 42
+    assert found == "The accuracies say little: 40 test images tell a change to about 4.7 points only."
+
+
 def test_a_stopped_run_goes_on_where_it_was(given, monkeypatch, capsys):
     command, out = given
     command += ["--prune", "0.4", "--fine-tune", "1"]
@@ -72,8 +84,8 @@ def test_a_stopped_run_goes_on_where_it_was(given, monkeypatch, capsys):
 def test_auto_takes_tokens_away_only_where_that_is_faster(given, gain, monkeypatch, capsys):
     command, out = given
     monkeypatch.setattr(apply, "WORTH", gain)
-    monkeypatch.setattr(apply, "PASSES", 3)
-    monkeypatch.setattr(apply, "TokenLatency", lambda *_: lambda counts: float(sum(counts)))
+    monkeypatch.setattr(auto_tokens, "PASSES", (1, 3))
+    monkeypatch.setattr(auto_tokens, "TokenLatency", lambda *_, **__: lambda counts: float(sum(counts)))
     assert cli.main([*command, "--reduce-tokens", "auto,action=drop"]) == 0
     said, kind = capsys.readouterr().out, vitlab.load(out).config.kind
     assert (kind, "all stay" in said) == (("vit", True) if gain else ("reduced", False))

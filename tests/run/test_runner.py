@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from small_projects import ROW, go, write
+from small_projects import PARAMETERS, ROW, go, write
 
 from vitlab.run import notebooks, runner
 
@@ -74,6 +74,18 @@ f"{{os.getcwd()}}/figures/tiny/x.png"
     statuses, outcomes, _ = go(project)
     assert statuses == {"01_good": "up to date", "02_bad": "done", "03_sums": "done"}
     assert runner.exit_code(outcomes) == 0 and not (copy.parent / "02_bad.failed.ipynb").exists()
+
+
+def test_rows_of_other_data_lie_apart(make, monkeypatch):
+    monkeypatch.setattr(runner.sources, "plan", lambda *_: None)  # the folder need not be there
+    project = make({"01_a": []})
+    write(project.source / "notebooks" / "01_a.ipynb", [], parameters=f"{PARAMETERS}\ndataset = 'tiny'")
+    (here,), (same,), (other,) = (
+        runner.plan(project, "tiny", overrides=given)
+        for given in ({}, {"dataset": "tiny"}, {"dataset": "folder:/data/my birds"})
+    )
+    assert here.preset == same.preset == "tiny"
+    assert other.preset == other.parameters["preset"] == "tiny-data-my-birds" and here.parameters["preset"] == "tiny"
 
 
 def test_what_makes_a_finished_run_stale(make, monkeypatch):

@@ -9,13 +9,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.distill import Distill
 from vitlab.compress.pruning.gates import GatedViT
 from vitlab.compress.pruning.structured import prune, slim
-from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import TokenConfig, TokenViT, reduce_tokens
-from vitlab.compress.tokens.search import calibrate
 from vitlab.data import datasets
 from vitlab.metrics import meters
 from vitlab.metrics.counts import macs, size_bytes
@@ -24,6 +21,7 @@ from vitlab.metrics.statistics import paired_difference
 from vitlab.models import checkpoint
 from vitlab.models.timm import TimmConfig, as_vit
 from vitlab.run import choices
+from vitlab.run.auto_tokens import sought
 from vitlab.run.runner import columns
 from vitlab.train.loop import cross_entropy, fit
 from vitlab.train.recipe import Recipe
@@ -31,9 +29,8 @@ from vitlab.utils import files, rng
 from vitlab.utils.device import example
 
 BEFORE, FREE, UNCUT, AFTER = "before", "pooled last block alone", "uncut, fine-tuned", "after"
-SHARES = (0.7, 0.8, 0.9)  # of the time before, that `auto` tries for, from the strongest on
-IMAGES, PASSES = 64, 40  # that `auto` looks at, and how often at most
 SECONDS = 2.0  # for each timing
+WIDE = 2.0  # points to either side: a change of accuracy that is known no better is said to be so
 WORTH = 1.03  # faster by less is no gain: timings of one model differ by as much
 FINE_TUNE = {"lr": 2e-4, "warmup": 0.5, "smoothing": 0.1}
 
@@ -124,9 +121,12 @@ class Work:
 
     def train(self, name, model, data, recipe, objective=cross_entropy):
         """Train `model` in place, or what is left of it."""
-        print(f"\n{name}: {recipe.epochs} epochs on {len(data.train):,} images", flush=True)
+        epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
+        print(f"\n{name}: {epochs} on {len(data.train):,} images", flush=True)
         state = self.folder / f"{name.replace(' ', '-').replace(',', '')}.training"
-        fit(model, data, recipe, objective=objective, checkpoint=state, save_within=60.0, name=name)
+        history = fit(model, data, recipe, objective=objective, checkpoint=state, save_within=60.0, name=name)
+        if history.resumed:
+            print(f"epochs done before: {history.resumed} of {recipe.epochs}", flush=True)
         return model
 
     def once(self, name, make, device):
@@ -147,36 +147,10 @@ def cut(model, data, options):
         print(f"{base.config.macs() / 1e6:,.1f} -> {small.config.macs() / 1e6:,.1f} MMac an image", flush=True)
     if options.reduce_tokens:
         auto, fields = token_options(options.reduce_tokens)
-        tokens = sought(base, small, data, options.batch[-1], fields) if auto else TokenConfig(**fields)
+        tokens = TokenConfig(**fields) if not auto else sought(
+            base, small, data, options.batch[-1], fields, seconds=SECONDS, worth=WORTH
+        )
     return reduce_tokens(small, tokens) if tokens else small
-
-
-def sought(model, small, data, batch, fields):
-    """The TokenConfig whose counts make `small` faster at that batch and change `model`'s predictions least.
-
-    What a count costs is read off this machine's clock with `small`, what it spoils off `model`, as a model that was
-    just pruned has no predictions worth keeping. None where no counts make it faster.
-    """
-    shape = small.config.in_chans, small.config.image_size, small.config.image_size
-    images = example(small, shape, batch)
-    config = TokenConfig(**{"action": "ward", "pooled_last": True} | fields)
-    meter = TokenLatency(small, images, config)
-    print(f"\nchoosing tokens by this machine's clock at batch {batch}", flush=True)
-    few = dataclasses.replace(data, train=data.train.take(IMAGES))
-    whole = meter([small.config.tokens] * len(small.config.shapes))
-    for share in SHARES:
-        try:
-            found = calibrate(model, few, latency=share * whole, meter=meter, config=config, passes=PASSES)
-        except BudgetImpossible:
-            continue
-        pair = {"whole": small, "fewer": reduce_tokens(small, found)}
-        timed = meters.compare(pair, images, warmup=2, seconds=SECONDS, min_runs=5)
-        gain = timed["whole"].median_s / timed["fewer"].median_s
-        if gain >= WORTH:
-            print(f"tokens after each block: {' '.join(map(str, found.counts))}; {gain:.2f}x as fast at batch {batch}")
-            return found
-    print(f"no numbers of tokens with action={config.action} make this model faster at batch {batch} here: all stay")
-    return None
 
 
 def compare(arms, costly, data, batches):
@@ -185,7 +159,7 @@ def compare(arms, costly, data, batches):
     for name, model in arms.items():
         print(f"judging {name!r} on {len(data.test):,} test images", flush=True)
         found, labels = logits(model, data.test, mean=data.mean, std=data.std, batch_size=max(64, batches[-1]))
-        rows[name] = {"right": (found.argmax(1) == labels).cpu()}
+        rows[name] = {"right": (found.argmax(1) == labels).cpu(), "chance": labels.bincount().max() / len(labels)}
     models = {name: arms[name] for name in costly}
     first = models[BEFORE].config
     shape = first.in_chans, first.image_size, first.image_size
@@ -227,7 +201,20 @@ def verdict(rows, batches):
             found.append(f"At batch {batch} it did not pay: {against}, so that is to be taken.")
         else:
             found.append(f"At batch {batch} it paid: {against}. Accuracy against {control!r}: {lost}.")
-    return "\n".join(found)
+    return "\n".join([*found, *doubt(rows)])
+
+
+def doubt(rows):
+    """Why the accuracies say little, if they do, as a list of one sentence: near chance, or from few images."""
+    before, after, control = rows[BEFORE], rows[AFTER], rows[UNCUT if UNCUT in rows else BEFORE]
+    n, right, chance = len(before["right"]), before["right"].float().mean().item(), before["chance"].item()
+    found, change = [], paired_difference(after["right"], control["right"])
+    if right <= chance + 1.96 * (chance * (1 - chance) / n) ** 0.5:
+        found.append(f"before, {100 * right:.1f} % are right, about as many as by naming the commonest class always "
+                     f"({100 * chance:.1f} %)")  # fmt: skip
+    if (wide := (change.high - change.low) / 2) > WIDE:
+        found.append(f"{n:,} test images tell a change to about {wide:.1f} points only")
+    return [f"The accuracies say little: {'; '.join(found)}."] if found else []
 
 
 def _change(row, control):

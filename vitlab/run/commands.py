@@ -1,6 +1,8 @@
 """What the commands of `vitlab` do; each takes the parsed options and returns the exit code."""
 
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import warnings
@@ -12,9 +14,10 @@ from vitlab.data import datasets
 from vitlab.metrics import measure as stick
 from vitlab.models import checkpoint, linear
 from vitlab.models.timm import TimmConfig
-from vitlab.run import choices, notebooks, runner
+from vitlab.run import choices, notebooks, runner, slurm
 from vitlab.run import report as pages
 from vitlab.study import plots
+from vitlab.train import parallel
 from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
 from vitlab.utils import files, rng, threads
 from vitlab.utils.device import hold_memory
@@ -34,6 +37,11 @@ def run(options):
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
+    if options.slurm is not None:
+        if not options.resume or options.jobs > 1:
+            raise ValueError("--slurm goes with neither --fresh nor --jobs: every seed of every notebook is a task")
+        print(slurm.submit(project, jobs, options.slurm, options.budget, options.notebook_timeout))
+        return 0
     print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -72,7 +80,14 @@ def data(options):
 
 def train(options):
     """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
-    state, device = _fresh_or_resumed(options), _device(options.device)
+    state = _fresh_or_resumed(options)
+    with parallel.joined(_device(options.device)) as device, contextlib.ExitStack() as stack:
+        if parallel.rank():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _train(options, state, device)
+
+
+def _train(options, state, device):
     given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
     in_recipe = {f.name for f in dataclasses.fields(Recipe)}
     recipe = choices.recipe({name: given.pop(name) for name in in_recipe & given.keys()})
@@ -85,7 +100,8 @@ def train(options):
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
     logs = options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
-    if not options.resume:
+    first = parallel.rank() == 0
+    if first and not options.resume:
         _graph(config.build(), logs)
     try:
         history = fit(model, data, recipe, checkpoint=state, tensorboard=logs, name=options.model)
@@ -94,9 +110,10 @@ def train(options):
         return BUDGET_CODE
     except NotFinite as error:
         raise ValueError(str(error)) from error
-    about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
-    checkpoint.save(model, options.checkpoint, about | provenance(device))
-    state.unlink(missing_ok=True)
+    if first:
+        about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
+        checkpoint.save(model, options.checkpoint, about | provenance(device))
+        state.unlink(missing_ok=True)
     print(f"{options.checkpoint}: {len(history)} epochs in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
 

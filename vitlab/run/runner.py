@@ -32,7 +32,7 @@ PROBE = "import torch;print(torch.cuda.get_device_name() if torch.cuda.is_availa
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with the parameters it is to run with."""
+    """One notebook with the parameters it is to run with; preset: the name of the folders that its outputs go to."""
 
     notebook: nb.Notebook
     preset: str
@@ -74,6 +74,13 @@ class Terms:
     kernels: list = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
+    @classmethod
+    def from_now(cls, fresh, budget, timeout, width=1):
+        """The terms for the next `budget` seconds."""
+        limit = time.time() + budget
+        # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
+        return cls(fresh, limit - min(30, budget / 10), limit, timeout, width)
+
 
 @functools.cache
 def cuda_device():
@@ -99,7 +106,8 @@ def choose_preset():
 def plan(project, preset, only=(), seeds=None, overrides=None):
     """The jobs to run, in running order; every parameter is checked here, before anything starts (ValueError).
 
-    only: notebooks, by number ("01") or whole name. overrides: parameters of all chosen notebooks.
+    only: notebooks, by number ("01") or whole name. overrides: parameters of all chosen notebooks. What runs on a data
+    set of the user's has folders of its own (results/tiny-birds), so that rows of different data never lie together.
     """
     found, overrides, jobs = nb.find(project.source), overrides or {}, []
     values = nb.preset_parameters(project.source, preset, found)
@@ -109,7 +117,10 @@ def plan(project, preset, only=(), seeds=None, overrides=None):
         # what only reads rows has no seeds
         extra = overrides | ({"seeds": seeds} if seeds and "seeds" in notebook.parameters else {})
         nb.check_parameters(notebook, extra)
-        jobs.append(Job(notebook, preset, values[notebook.stem] | extra))
+        given, name, place = values[notebook.stem] | extra, overrides.get("dataset"), preset
+        if name and not notebook.reads and name != (notebook.parameters | values[notebook.stem])["dataset"]:
+            place = f"{preset}-{re.sub(r'[^A-Za-z0-9]+', '-', name.removeprefix('folder:')).strip('-')}"
+        jobs.append(Job(notebook, place, given | {"preset": place} if place != preset else given))
     if overrides.get("dataset") not in (None, "", "tiny"):
         sources.plan(overrides["dataset"], sources.home())
     return jobs
@@ -138,12 +149,10 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
     width: so many kernels train side by side, one for each seed of each notebook. Then every notebook runs as a whole
     and alone, finds its arms trained and measures them undisturbed.
     """
-    limit, outcomes = time.time() + budget, []
-    # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
-    terms = Terms(not resume, limit - min(30, budget / 10), limit, timeout, width)
+    terms, outcomes = Terms.from_now(not resume, budget, timeout, width), []
     if width > 1:
         due = [job for job in jobs if not resume or standing(project, job) != SKIPPED]
-        _side_by_side(project, [part for job in due for part in _by_seed(job)], terms)
+        _side_by_side(project, [part for job in due for part in by_seed(job)], terms)
         terms = dataclasses.replace(terms, width=1, fresh=False)
     for position, job in enumerate(jobs, 1):
         stem, state = job.notebook.stem, standing(project, job)
@@ -159,7 +168,7 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
     return outcomes
 
 
-def _by_seed(job):
+def by_seed(job):
     """[(label, job)]: the job once for each of its seeds; none where it only reads rows."""
     stem, parameters = job.notebook.stem, job.notebook.parameters | job.parameters
     seeds = () if job.notebook.reads else parameters.get("seeds", ())

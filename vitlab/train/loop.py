@@ -18,6 +18,7 @@ from torch import nn
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
+from vitlab.train import parallel
 from vitlab.train.precision import faster_dtype
 from vitlab.train.progress import line, progress_bar, tensorboard_writer
 from vitlab.train.recipe import DTYPES, Recipe
@@ -106,16 +107,20 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
         if log:
             log(f"batch={recipe.batch} is larger than the {images} training images: they are taken as one batch")
         recipe = dataclasses.replace(recipe, batch=images)
+    parallel.check(recipe.batch)
     run = _Run(model, data, recipe, objective, device, checkpoint)
     history = History()
     rng.seed_all(recipe.seed)
     state = TrainingState(checkpoint, recipe, run, on_epoch)
-    history.rows = state.load()
+    history.rows = parallel.alike(state.load(), f"what was trained before ({checkpoint})")
+    if parallel.rank():  # process 0 writes and speaks
+        state.path = log = tensorboard = None
     history.resumed = len(history)
     if recipe.dtype == "auto" and device.type == "cpu":
         # a run goes on in the precision it began in, whatever the clock would say now
         chosen = DTYPES.get(state.dtype)
-        run.dtype = chosen or faster_dtype(model, batch=recipe.batch, image_size=data.image_size, log=log)
+        chosen = chosen or faster_dtype(model, batch=recipe.batch, image_size=data.image_size, log=log)
+        run.dtype = parallel.agreed(chosen)
     history.dtype = state.dtype = str(run.dtype).removeprefix("torch.")
     writer = tensorboard_writer(tensorboard, history.resumed, log)
     last_save = time.monotonic()
@@ -167,7 +172,8 @@ class _Run:
         self.named = dict(self.model.named_parameters())
         self.ema = _ema(self.model, self.recipe.ema)
         compiled = self.recipe.compiles(self.device)
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.loss = parallel.replicated(self.objective, forward)
 
     def reshaped(self, carry):
         """Go on with a model of which a hook took parts away; None: it took none (see `fit`)."""
@@ -193,6 +199,7 @@ class _Run:
     def epoch(self, epoch, name, save, save_within):
         """One pass over the training images, or what is left of one; the device is asked for numbers at the end."""
         self.model.train()
+        parallel.draw_apart(self.recipe.seed, epoch)
         draw = rng.generator(self.recipe.seed, "augment", epoch, device=self.device)
         order = rng.generator(self.recipe.seed, "shuffle", epoch, device=self.device)
         stream = batches(self.data.train, self.recipe.batch, generator=order, drop_last=True)
@@ -205,10 +212,10 @@ class _Run:
         done = len(logs.get("loss", ()))
         for step, (images, labels) in enumerate(stream):
             if step >= done:
-                loss, found = self.step(epoch, step, images, labels, draw)
-                for key, value in {**found, "loss": loss}.items():
-                    logs.setdefault(key, []).append(value.detach())
-                if time.monotonic() - saved > save_within and step + 1 < self.steps and loss.isfinite():
+                found = self.step(epoch, step, images, labels, draw)
+                for key, value in found.items():
+                    logs.setdefault(key, []).append(value)
+                if time.monotonic() - saved > save_within and step + 1 < self.steps and found["loss"].isfinite():
                     self.begun = {key: torch.stack(values) for key, values in logs.items()}
                     self.begun |= {"seconds": torch.tensor(time.perf_counter() - start), "draw": draw.get_state()}
                     save()
@@ -236,8 +243,9 @@ class _Run:
             images, labels, data.num_classes, draw, mixup=recipe.mixup * mixing, cutmix=recipe.cutmix * mixing,
             smoothing=recipe.smoothing,
         )  # fmt: skip
+        images, targets, labels = parallel.shard(images, targets, labels)
         with autocast(self.device, self.dtype):
-            loss, logs = self.objective(self.forward, Batch(images, targets, labels, epoch))
+            loss, logs = self.loss(Batch(images, targets, labels, epoch))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if recipe.clip:
@@ -245,7 +253,7 @@ class _Run:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, epoch * self.steps + step)
-        return loss.detach(), logs
+        return parallel.averages({**logs, "loss": loss})
 
     def stop(self, epoch, step, losses):
         before, recipe = losses[max(0, step - 3) : step].tolist(), self.recipe
@@ -285,7 +293,7 @@ def _ema(model, decay):
 def _check_deadline(history, state, log):
     deadline = float(os.environ.get("VITLAB_DEADLINE", "inf"))
     need = 1.15 * max((row["seconds"] for row in history.rows[-3:]), default=0.0)
-    if time.time() + need > deadline:
+    if parallel.agreed(time.time() + need > deadline):
         state.save(history.rows)
         if log:
             log(f"time budget: stopped after epoch {len(history)}; the next call goes on from there")
