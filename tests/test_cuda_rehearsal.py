@@ -4,8 +4,8 @@ They need no driver. What mixes devices fails, and so does what asks the device 
 on the data (.item(), nonzero, boolean masks): it would wait for the GPU, and could not be captured in a CUDA graph.
 
 What cannot be rehearsed this way: the backward pass, fused optimisers, autocast (off without a driver); compiled models
-and Triton's kernels (tests/models has the interpreter and an ahead-of-time compilation); real generators (a stand-in whose
-draws come from nowhere); CUDA's clocks, memory counters and NVML (stand-ins here, NVML's in tests/metrics);
+and Triton's kernels (tests/models has the interpreter and a compilation ahead of time); real generators (a stand-in
+whose draws come from nowhere); CUDA's clocks, memory counters and NVML (stand-ins here, NVML's in tests/metrics);
 `accuracy` and all else that ends in numbers of the host; building a model, whose initial draws look at numbers: models
 are built on the CPU and moved. AdaptiveViT asks once a batch for the sizes of its groups, as its docstring says.
 """
