@@ -1,18 +1,28 @@
 """DeiT-S (random weights) made cheaper in several ways, timed in turns: ratios to the plain model.
 
-    python bench/deit.py [--model deit_small_patch16_224] [--batches 1,16] [--seconds 2] [--no-compile] [--json FILE]
+    python bench/deit.py [--model deit_small_patch16_224] [--batches 1,16] [--seconds 2] [--engines eager,onnxruntime]
+                         [--tome CLONE] [--keep FOLDER] [--prepare] [--json FILE]
 
 Runs: plain; ToMe's schedule (a constant number of tokens merged in each block, by keys) and ours (a rising number, by
 the study's merge, with only the class token in the last block) at the same MACs; pruned to about these MACs by us (one
 width for the heads of a block, and unequal widths) and by torch-pruning. Each in torch, eager and compiled, and in
-onnxruntime, with the same threads. What is timed does not hang on the weights, so none are loaded; what each way costs
-in accuracy is for the notebooks to say. Printed: milliseconds, and how many times as fast as the plain model.
+onnxruntime, with the same threads. --tome: a clone of facebookresearch/ToMe, whose own code then runs beside ours, on
+the same weights, its outputs compared. What is timed does not hang on the weights, so none are loaded; what each way
+costs in accuracy is for the notebooks to say. Printed: milliseconds, and how many times as fast as the plain model in
+the same engine.
+
+Compiling takes minutes, and is the same on a busy machine: --keep FOLDER keeps what was compiled and exported, and
+--prepare stops when that is done, so that the timings can wait for a quiet hour and then take few minutes.
 """
 
 import argparse
+import copy
+import itertools
 import json
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -21,24 +31,32 @@ import vitlab
 from vitlab.compress.pruning.peers import torch_pruning
 from vitlab.compress.pruning.structured import slim
 from vitlab.compress.tokens.search import fit_budget
+from vitlab.metrics import meters
+from vitlab.metrics.counts import macs
 from vitlab.models.timm import from_timm
 from vitlab.run import export
-from vitlab.run.runner import columns
-from vitlab.utils.device import device_name, example
+from vitlab.run.report import markdown
+from vitlab.utils.device import device_name, running
+
+ENGINES, UPSTREAM = ("eager", "compiled", "onnxruntime"), "ToMe, its own code"
 
 
-def models(name, share):
+def models(name, share, tome):
     """{what was done: model} at `share` of the MACs; what cannot be done here is said and left out."""
     import timm
 
     torch.manual_seed(0)
-    plain = from_timm(timm.create_model(name)).eval()
+    source = timm.create_model(name).eval()
+    plain = from_timm(source)
     budget, side = share * plain.config.macs(), plain.config.image_size
     ours = fit_budget(plain, budget, action="ward", alpha=1.0, pooled_last=True)
-    tome = fit_budget(plain, budget, action="merge", schedule="constant")
+    merged = vitlab.reduce_tokens(plain, fit_budget(plain, budget, action="merge", schedule="constant"))
     cuts = {"pruned, uniform heads": {}, "pruned, unequal heads": {"uniform": False}}
     images = [(torch.randn(4, 3, side, side), torch.arange(4))]
-    found = {"plain": plain, "ToMe": vitlab.reduce_tokens(plain, tome), "ours": vitlab.reduce_tokens(plain, ours)}
+    found = {"plain": plain, "ToMe": merged}
+    if tome:
+        found[UPSTREAM] = upstream(source, merged, tome, images[0][0])
+    found["ours"] = vitlab.reduce_tokens(plain, ours)
     found |= {what: vitlab.prune(plain, images, macs=budget, **options) for what, options in cuts.items()}
     try:
         found["torch-pruning"] = slim(plain, torch_pruning(plain, int(budget)))
@@ -47,20 +65,74 @@ def models(name, share):
     return found
 
 
-def runners(found, folder, compiled):
-    """{(model, engine): function of images}."""
+class Called(torch.nn.Module):
+    """A model whose forward takes images and nothing else, as exporters want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model(images)
+
+
+def upstream(source, merged, clone, images):
+    """ToMe as its authors wrote it, around a copy of timm's `source`, merging as many tokens a block as `merged`."""
+    sys.path.insert(0, str(clone))
+    from tome.patch import timm as patch
+
+    model = copy.deepcopy(source)
+    patch(model)
+    counts = [merged.plain.config.tokens, *merged.tokens]
+    model.r = [before - after for before, after in itertools.pairwise(counts)]
+    model = Called(model)
+    with running([model, merged], "cpu"):
+        worst = (model(images) - merged(images)).abs().max().item()
+    print(f"{UPSTREAM}: logits differ from ours by {worst:.1e}, tokens after each block {merged.tokens}", flush=True)
+    return model
+
+
+def runners(found, folder, engines, shape, batches):
+    """{(model, engine): function of images}, each run once at each batch; what fails is said and left out."""
     torch._dynamo.config.recompile_limit = 64  # one function, many models
     runs = {}
     for what, model in found.items():
-        runs[what, "eager"] = model
-        if compiled:
-            runs[what, "compiled"] = torch.compile(model, dynamic=False)
-        path = Path(folder) / f"{len(runs)}.onnx"
-        side = model.config.image_size
-        export.to_onnx(model, path, example(model, (model.config.in_chans, side, side), 2))
-        runs[what, "onnxruntime"] = export.onnx_session(path)
-        print(f"{what}: {model.config.macs() / 1e6:,.0f} MMac", file=sys.stderr, flush=True)
+        for engine in engines:
+            begun = time.perf_counter()
+            try:
+                run = prepared(model, engine, Path(folder) / f"{what.replace(', ', '-').replace(' ', '-')}.onnx", shape)
+                for batch in batches:
+                    with running([run], "cpu"):
+                        run(torch.randn(batch, *shape))
+            except Exception as problem:  # whatever an exporter or a compiler may raise
+                print(f"{what}, {engine}: not measured ({str(problem).strip().splitlines()[0][:150]})", flush=True)
+                continue
+            runs[what, engine] = run
+            print(f"{what}, {engine}: ready in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     return runs
+
+
+def prepared(model, engine, path, shape):
+    """A function of images B C H W that runs the model in that engine; path: of its ONNX file, kept."""
+    if engine == "eager":
+        return model
+    if engine == "compiled":
+        return torch.compile(model, dynamic=False)
+    if not path.exists():
+        part = path.with_suffix(".part")
+        export.to_onnx(model, part, torch.randn(2, *shape))
+        part.replace(path)
+    return export.onnx_session(path)
+
+
+def table(timed, found, shape, engines):
+    """The Markdown table: a line a model, with ms and the ratio to plain in each engine at each batch."""
+    lines = []
+    for what, model in found.items():
+        cells = [f"{times[what, e]:.1f} ({times['plain', e] / times[what, e]:.2f}x)" if (what, e) in times else "-"
+                 for times in timed.values() for e in engines]  # fmt: skip
+        lines.append((what, f"{macs(model, shape) / 1e6:,.0f}", *cells))
+    return markdown(["", "MMac", *(f"batch {b}, {engine}" for b in timed for engine in engines)], lines)
 
 
 def main():
@@ -69,22 +141,32 @@ def main():
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--share", type=float, default=0.6, help="of the MACs that are left")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each timing")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--tome", type=Path, help="a clone of facebookresearch/ToMe")
+    parser.add_argument("--keep", type=Path, help="folder for what is compiled and exported")
+    parser.add_argument("--prepare", action="store_true", help="compile and export only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found, batches = models(options.model, options.share), [int(b) for b in options.batches.split(",")]
-    side = found["plain"].config.image_size
+    batches, engines = [int(b) for b in options.batches.split(",")], options.engines.split(",")
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"--engines {', '.join(unknown)}: choose of {', '.join(ENGINES)}")
     with tempfile.TemporaryDirectory() as folder:
-        runs = runners(found, folder, not options.no_compile)
-        timed = export.timings(runs, (3, side, side), batches, options.seconds)
-    engines = list(dict.fromkeys(engine for _, engine in runs))
-    print(f"\n{options.model} on {device_name('cpu')}: ms, and times as fast as plain, in the same engine")
-    lines = [("", "MMac", *(f"batch {b}, {engine}" for b in batches for engine in engines))]
-    for what, model in found.items():
-        cells = [f"{timed[b][what, e]:.1f}  {timed[b]['plain', e] / timed[b][what, e]:.2f}x"
-                 if (what, e) in timed[b] else "not measured" for b in batches for e in engines]  # fmt: skip
-        lines.append((what, f"{model.config.macs() / 1e6:,.0f}", *cells))
-    print(columns(lines))
+        folder = Path(options.keep or folder) / f"{options.model}-{options.share}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+        found = models(options.model, options.share, options.tome)
+        shape = 3, found["plain"].config.image_size, found["plain"].config.image_size
+        runs, timed = runners(found, folder, engines, shape, batches), {}
+        if options.prepare:
+            return
+        began = time.strftime("%Y-%m-%d"), os.getloadavg()[0]
+        for batch in batches:
+            images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
+            spent = meters.compare(runs, images, warmup=1, seconds=options.seconds, min_runs=5)
+            timed[batch] = {key: 1e3 * timing.median_s for key, timing in spent.items()}
+    print(f"\n{options.model} at {options.share:.0%} of the MACs on {device_name('cpu')}, torch {torch.__version__}, "
+          f"{began[0]}; others at work: load {began[1]:.1f}\n")  # fmt: skip
+    print(table(timed, found, shape, engines))
     if options.json:
         rows = [{"model": what, "engine": e, "batch": b, "ms": ms} for b in timed for (what, e), ms in timed[b].items()]
         options.json.write_text(json.dumps(rows, indent=1))

@@ -1,14 +1,17 @@
 """What a user gets wrong on the command line: exit code 2, a message with the value, the file, what is allowed."""
 
+import math
+import re
+
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import vitlab
 from vitlab import cli
 from vitlab.models import checkpoint
 from vitlab.models.vit import ViTConfig
-from vitlab.train.recipe import Recipe
 
 SMALL = ["--dataset", "tiny", "--dim", "16", "--depth", "1", "--heads", "1", "--patch-size", "16", "--device", "cpu"]
 TRAIN = ["train", *SMALL, "--checkpoint", "{here}/new.safetensors"]
@@ -52,6 +55,9 @@ CASES = {
     "nothing to apply": (APPLY, "nothing to do: give --prune 0.5, --reduce-tokens auto"),
     "more than all": ([*APPLY, "--prune", "1.5"], "'1.5': a share between 0 and 1"),
     "no such field": ([*APPLY, "--reduce-tokens", "r_min=.5"], "'r_min=.5': 'auto' or NAME=VALUE is needed, of r_max"),
+    "text for a share": ([*APPLY, "--reduce-tokens", "r_max=half"], "r_max='half': the share removed"),
+    "more than all tokens": ([*APPLY, "--reduce-tokens", "r_max=1.5"], "r_max=1.5: the share removed"),
+    "a folder for a model": (["evaluate", "--checkpoint", "{here}", "--out", "{here}/out"], "is a folder"),
     "no such action": ([*APPLY, "--reduce-tokens", "action=burn"], "action='burn': choose one of drop"),
     "auto and a number": ([*APPLY, "--reduce-tokens", "auto,r_max=.5"], "'auto' chooses how many tokens stay"),
     "no such batch": ([*APPLY, "--prune", "0.5", "--batch", "1,0"], "'0': a whole number of at least 1"),
@@ -100,7 +106,39 @@ def test_bad_input_is_named_in_a_line(name, here, capsys):
     assert "new.safetensors" not in left
 
 
-@pytest.mark.parametrize("name", ["lr", "warmup", "smoothing", "ema"])
-def test_numbers_given_as_text_are_named(name):
-    with pytest.raises(ValueError, match=f"{name}='0.1'"):
-        Recipe(**{name: "0.1"})
+VIT = ViTConfig(image_size=32, patch_size=16, dim=16, depth=1, heads=1, num_classes=10)
+MODEL, IMAGES = VIT.build(), torch.zeros(2, 3, 32, 32)
+NAN = [(torch.full_like(IMAGES, math.nan), torch.arange(2))]
+
+CALLS = {
+    "lr": (lambda: vitlab.Recipe(lr="0.1"), "lr='0.1'"),
+    "warmup": (lambda: vitlab.Recipe(warmup="1"), "warmup='1'"),
+    "smoothing": (lambda: vitlab.Recipe(smoothing="0.1"), "smoothing='0.1'"),
+    "ema": (lambda: vitlab.Recipe(ema="0.9"), "ema='0.9'"),
+    "dropout": (lambda: vitlab.ViTConfig(dropout="0.1"), "dropout='0.1': a rate"),
+    "r_max": (lambda: vitlab.reduce_tokens(MODEL, r_max="0.5"), "r_max='0.5': the share removed"),
+    "alpha": (lambda: vitlab.reduce_tokens(MODEL, alpha="2"), "alpha='2': a finite number above 0"),
+    "power": (lambda: vitlab.reduce_tokens(MODEL, power="2"), "power='2': a number of at least 0"),
+    "counts": (lambda: vitlab.reduce_tokens(MODEL, counts="99"), "counts='99': numbers, one a block"),
+    "protect": (lambda: vitlab.reduce_tokens(MODEL, protect=1), "protect=1: numbers, one a block"),
+    "ratio": (lambda: vitlab.prune(MODEL, criterion="magnitude", ratio="0.5"), "ratio='0.5': the share of units"),
+    "macs": (lambda: vitlab.prune(MODEL, criterion="magnitude", macs="half"), "macs='half': a finite number"),
+    "no number of macs": (lambda: vitlab.prune(MODEL, criterion="magnitude", macs=math.nan), "macs=nan"),
+    "macs above the model's": (lambda: vitlab.prune(MODEL, criterion="magnitude", macs=4e8), "the model has"),
+    "images without labels": (lambda: vitlab.prune(MODEL, IMAGES, ratio=0.5), "needs data=[(images, labels), ...]"),
+    "images of NaN": (lambda: vitlab.prune(MODEL, NAN, ratio=0.5), "are not finite"),
+    "calibrate on NaN": (lambda: vitlab.calibrate(MODEL, NAN[0][0], macs=1e5), "2 of 2 images hold values"),
+    "calibrate on bytes": (lambda: vitlab.calibrate(MODEL, IMAGES.byte(), macs=1e5), "give them normalised"),
+    "calibrate to text": (lambda: vitlab.calibrate(MODEL, IMAGES, macs="1e5"), "macs='1e5': a finite number"),
+    "temperature": (lambda: vitlab.distill(MODEL, temperature="4"), "temperature='4'"),
+    "seconds": (lambda: vitlab.measure(MODEL, shape=(3, 32, 32), seconds="1"), "seconds='1': a time above 0"),
+    "no images": (lambda: vitlab.measure(MODEL, shape=(3, 32, 32), batch=0), "batch=0: a whole number"),
+    "data": (lambda: vitlab.load_data(3), "name=3: text is needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_values_in_python_are_named(name):
+    call, said = CALLS[name]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call()

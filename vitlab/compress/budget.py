@@ -1,8 +1,16 @@
 """What every way of making a model cheaper does with a budget."""
 
+from vitlab.utils.checks import is_number
+
 
 class BudgetImpossible(ValueError):
     """The cheapest model that a method allows still costs more than the budget."""
+
+
+def demand(name, budget):
+    """ValueError for a budget that is no number."""
+    if not is_number(budget):
+        raise ValueError(f"{name}={budget!r}: a finite number is needed")
 
 
 def bisect(cost, budget, low, high, steps):

@@ -17,6 +17,7 @@ from vitlab.metrics.predict import input_size, kl_divergence
 from vitlab.models.checkpoint import fingerprint
 from vitlab.models.timm import as_vit
 from vitlab.train.loop import hits
+from vitlab.utils.checks import is_number
 from vitlab.utils.device import eager
 
 KINDS = ("soft", "hard", "zscore")
@@ -39,8 +40,8 @@ class Distill(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
-        if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ValueError(f"alpha={alpha}, temperature={temperature}: a share in [0, 1] and a number above 0")
+        if not (is_number(alpha) and 0 <= alpha <= 1 and is_number(temperature) and temperature > 0):
+            raise ValueError(f"alpha={alpha!r}, temperature={temperature!r}: a share in [0, 1] and a number above 0")
         self.kind, self.temperature, self.alpha = kind, temperature, alpha
         self.terms = nn.ModuleList(terms)
         # in a tuple, which nn.Module does not look into; a copy, which no training of its original changes

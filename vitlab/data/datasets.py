@@ -114,7 +114,7 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
     Raises DatasetMissing (a FileNotFoundError) with where it looked and how to get the data; ValueError for
     arguments or files that are wrong.
     """
-    _check(val, size, on_error)
+    _check(name, val, size, on_error)
     root = Path(root or sources.home()).expanduser()
     if size == sources.NATIVE.get(name):
         size = None
@@ -163,7 +163,9 @@ def _batches(split, batch_size, generator, drop_last):
             yield split.images.index_select(0, index), split.labels.index_select(0, index)
 
 
-def _check(val, size, on_error):
+def _check(name, val, size, on_error):
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r}: text is needed, such as 'cifar10' or 'folder:PATH'")
     if not isinstance(val, int) or isinstance(val, bool) or val < 0:
         raise ValueError(f"val={val!r}: a count of images, 0 or more")
     if size is not None and (not isinstance(size, int) or size < 1):

@@ -4,7 +4,6 @@
 called alone: counts and meters are here by name.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
 from vitlab.metrics.meters import compare, energy_per_image, latency, peak_memory, training_step
 from vitlab.metrics.predict import input_size, logits
+from vitlab.utils.checks import is_number
 from vitlab.utils.device import device_name, device_of, example
 
 __all__ = [
@@ -160,8 +160,8 @@ def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256,
     the shape cannot be known, for a batch below 1 or seconds that are not above 0 and finite, and as in `accuracy`.
     """
     for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: a time above 0 is needed, in seconds")
+        if not (is_number(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: a time above 0 is needed, in seconds")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: a whole number of images, at least 1, is needed")
     if device is not None:

@@ -141,7 +141,7 @@ def fingerprint(model):
 
 def _named(path, action):
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} is {'a folder' if Path(path).is_dir() else 'not there'}")
     try:
         return action(path)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from vitlab.models.attention import attention_class
 from vitlab.models.checkpoint import as_dataclass, register
 from vitlab.models.layers import ACTIVATIONS, STEMS, Block, norm
 from vitlab.models.shape import BlockShape
+from vitlab.utils.checks import is_number
 from vitlab.utils.files import LATER
 
 CHOICES = {
@@ -99,8 +100,7 @@ class ViTConfig:
     def _check(self):
         given = self.blocks is not None
         for name, least in (COUNTS | {"depth": int(not given), "registers": 0}).items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
@@ -110,8 +110,8 @@ class ViTConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         for name in ("dropout", "attention_dropout", "drop_path", "pos_dropout", "head_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a rate in [0, 1) is needed")
+            if not (is_number(rate := getattr(self, name) or 0) and 0 <= rate < 1):
+                raise ValueError(f"{name}={rate!r}: a rate in [0, 1) is needed")
         least = {"patch": 0, "conv": 1, "residual": 2}[self.stem]  # residual layers come after a halving
         if least and (self.patch_size & (self.patch_size - 1) or self.patch_size < least):
             raise ValueError(f"patch_size={self.patch_size}: the {self.stem} stem halves it: a power of two >= {least}")

@@ -182,7 +182,9 @@ def table(rows, batches):
     head = ["", "accuracy, %", "change, points", "MACs, M", "size on disk, MB", f"peak MB at batch {batches[-1]}"]
     lines = [head + [f"{what} at batch {b}" for b in batches for what in ("ms", "images/s")]]
     for name, row in rows.items():
-        cells = [name, f"{100 * row['right'].float().mean():.2f}", "" if name == BEFORE else _change(row, rows[BEFORE]),
+        change = paired_difference(row["right"], rows[BEFORE]["right"])
+        change = f"{change.points:+.2f} [{change.low:+.2f}, {change.high:+.2f}]" if name != BEFORE else ""
+        cells = [name, f"{100 * row['right'].float().mean():.2f}", change,
                  f"{row['macs'] / 1e6:,.1f}", f"{row['size'] / 1e6:,.2f}", f"{row['memory'] / 1e6:,.1f}"]  # fmt: skip
         lines.append(cells + [f"{v:,.1f}" for b in batches for v in (1e3 * row[b], b / row[b])])
     return columns(list(zip(*lines)))
@@ -191,16 +193,17 @@ def table(rows, batches):
 def verdict(rows, batches):
     """For each batch, whether it paid there: a sentence."""
     found, control = [], UNCUT if UNCUT in rows else BEFORE
-    lost = _change(rows[AFTER], rows[control])
+    cost = paired_difference(rows[AFTER]["right"], rows[control]["right"])
+    price = f"accuracy against {control!r}: {cost}{'' if cost.clear else ', within noise'}"
     for batch in batches:
         gain, free = rows[BEFORE][batch] / rows[AFTER][batch], rows[BEFORE][batch] / rows[FREE][batch]
-        against = f"{gain:.2f}x as fast as before, {free:.2f}x with the pooled last block alone, which costs nothing"
-        if gain < WORTH:
+        against = f"{gain:.2f}x as fast as before; the pooled last block alone, for no accuracy at all, {free:.2f}x"
+        if gain < free * WORTH or gain < WORTH:
             found.append(f"At batch {batch} it did not pay: {against}.")
-        elif gain < free * WORTH:
-            found.append(f"At batch {batch} it did not pay: {against}, so that is to be taken.")
+        elif cost.clear and cost.points < 0:
+            found.append(f"At batch {batch} it has a price: {against}; {price}.")
         else:
-            found.append(f"At batch {batch} it paid: {against}. Accuracy against {control!r}: {lost}.")
+            found.append(f"At batch {batch} it paid: {against}; {price}.")
     return "\n".join([*found, *doubt(rows)])
 
 
@@ -215,11 +218,6 @@ def doubt(rows):
     if (wide := (change.high - change.low) / 2) > WIDE:
         found.append(f"{n:,} test images tell a change to about {wide:.1f} points only")
     return [f"The accuracies say little: {'; '.join(found)}."] if found else []
-
-
-def _change(row, control):
-    found = paired_difference(row["right"], control["right"])
-    return f"{found.points:+.2f} [{found.low:+.2f}, {found.high:+.2f}]{'' if found.clear else ', within noise'}"
 
 
 def apply(options, device, recipe):

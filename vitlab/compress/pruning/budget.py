@@ -2,9 +2,10 @@
 
 import torch
 
-from vitlab.compress.budget import BudgetImpossible, bisect
+from vitlab.compress.budget import BudgetImpossible, bisect, demand
 from vitlab.compress.pruning.latency import timed
 from vitlab.compress.pruning.shape import KINDS, head_index, kind_of, narrow, sizes
+from vitlab.utils.checks import is_number
 
 SCOPES = ("global", "layer", "kind")
 ROUNDED = ("qk", "v", "mlp", "embed")  # heads and blocks are counted, not rounded
@@ -56,8 +57,8 @@ class _Ranking:
         self.multiple, self.uniform, self.least = multiple, uniform, least
 
     def at_ratio(self, ratio):
-        if not 0 < ratio < 1:
-            raise ValueError(f"ratio={ratio}: the share of units to remove, in (0, 1)")
+        if not (is_number(ratio) and 0 < ratio < 1):
+            raise ValueError(f"ratio={ratio!r}: the share of units to remove, in (0, 1)")
         masks = self.masks(ratio)
         if all(m.all() for m in masks.values()):
             units = {k: len(s) for k, s in self.scores.items()}
@@ -69,6 +70,7 @@ class _Ranking:
 
     def within(self, cost, name, budget):
         """The smallest share removed whose cost is within the budget, found by bisection."""
+        demand(name, budget)
         smallest, whole = cost(narrow(self.config, self.masks(1.0))), cost(self.config)
         if budget >= whole:
             raise ValueError(f"{name}={budget:,.6g}: the model has {whole:,.6g} as it is, so that nothing would go; "

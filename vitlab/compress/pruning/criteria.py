@@ -32,7 +32,7 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if criterion in ("taylor", "fisher", "similarity") and not data:
+    if criterion in ("taylor", "fisher", "similarity") and (isinstance(data, torch.Tensor) or not data):
         raise ValueError(f"criterion={criterion!r} needs data=[(images, labels), ...]; see criteria.calibration")
     if criterion == "gates":
         return _gates(model, kinds)

@@ -15,6 +15,7 @@ from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import SCORES, SIGNED, UNSCORED
 from vitlab.models.checkpoint import Wrapper, as_dataclass, register
+from vitlab.utils.checks import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +51,22 @@ class TokenConfig:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "protect", tuple(self.protect))
-        if self.counts is not None:
-            object.__setattr__(self, "counts", tuple(int(c) for c in self.counts))
-        choices = {"score": SCORES, "action": ACTIONS, "rule": schedules.RULES, "metric": (None, *METRICS),
-                   "schedule": schedules.SCHEDULES}  # fmt: skip
+        for name in ("protect", "counts"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
+                raise ValueError(f"{name}={value!r}: numbers, one a block, are needed, in a tuple or a list")
+            object.__setattr__(self, name, value if value is None else tuple(map(int, value)))
+        schedules.schedule(2, 1, self.r_max, self.alpha, self.rule, kind=self.schedule)  # refuses what none can have
+        choices = {"score": SCORES, "action": ACTIONS, "metric": (None, *METRICS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
         if self.action in ("fuse", "edge") and self.score in SIGNED:
             raise ValueError(f"action={self.action!r} weighs tokens by score; {self.score!r} is not positive")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema}: a number in [0, 1) is needed")
-        if self.power < 0:
-            raise ValueError(f"power={self.power}: a number of at least 0 is needed")
+        if not (is_number(self.ema) and 0 <= self.ema < 1):
+            raise ValueError(f"ema={self.ema!r}: a number in [0, 1) is needed")
+        if not (is_number(self.power) and self.power >= 0):
+            raise ValueError(f"power={self.power!r}: a number of at least 0 is needed")
 
     @property
     def scored(self):

@@ -2,6 +2,8 @@
 
 import math
 
+from vitlab.utils.checks import is_number
+
 RULES = ("published", "exact")
 SCHEDULES = ("power", "constant")
 FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
@@ -27,10 +29,10 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     for name, value, allowed in (("rule", rule, RULES), ("schedule", kind, SCHEDULES)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
-    if not 0 <= r_max < 1:
-        raise ValueError(f"r_max={r_max}: the share removed must be in [0, 1)")
-    if not alpha > 0 or not math.isfinite(alpha):
-        raise ValueError(f"alpha={alpha}: a finite number above 0 is needed")
+    if not (is_number(r_max) and 0 <= r_max < 1):
+        raise ValueError(f"r_max={r_max!r}: the share removed must be in [0, 1)")
+    if not (is_number(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha!r}: a finite number above 0 is needed")
     if layers < 1 or prefix < 0 or n <= prefix:
         raise ValueError(f"n={n}, layers={layers}, prefix={prefix}: at least a block and a patch are needed")
     if wrong := [p for p in protect if not -layers <= p < layers]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vitlab.compress.budget import BudgetImpossible, bisect
+from vitlab.compress.budget import BudgetImpossible, bisect, demand
 from vitlab.compress.pruning.criteria import calibration
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.data.datasets import Dataset
@@ -39,6 +39,7 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
         raise ValueError("give macs=..., or latency=... with meter=TokenLatency(model, images, ...)")
     config = dataclasses.replace(config or TokenConfig(), **options)
     name, budget = ("macs", macs) if latency is None else ("latency", latency)
+    demand(name, budget)
     search = _Exchange(model, images, budget, meter, config, batch, passes, log)
     if search.try_counts([search.parts.prefix + search.parts.patches] * search.parts.depth):
         return dataclasses.replace(config, counts=search.counts)
@@ -147,6 +148,7 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
     """
     config = dataclasses.replace(config or TokenConfig(), **options)
     reduced = reduce_tokens(model, config, r_max=0.0, counts=None)
+    demand("budget", budget)
 
     def cost(r_max):
         reduced.reduce_by(r_max=r_max)
