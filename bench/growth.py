@@ -57,6 +57,9 @@ def draw(found, path):
             axis.set_title(f"exponent {exponent(rows, cost):.2f}", fontsize="medium")
             if column == 0:
                 axis.set_ylabel(label)
+        sizes = [row["size"] for row in rows]
+        axes[1, column].set_xticks(sizes, sizes)
+        axes[1, column].set_xticks([], minor=True)
         axes[1, column].set_xlabel({"batch": "images in a batch"}.get(what, what))
     plots.save(figure, path)
 
