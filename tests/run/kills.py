@@ -80,6 +80,11 @@ class Started:
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self.reader.start()
 
+    def at_work(self):
+        """Wait until the first arm is loaded or trained, or all has ended."""
+        while self.process.poll() is None and not self.told(", seed "):
+            time.sleep(0.02)
+
     def ended(self, seconds):
         """Whether it came to its end within so many seconds from its start."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -154,11 +159,14 @@ def undisturbed(folder):
 
 
 def disturbed(folder, draw, kills, begin, end, log):
-    """Start and kill, at most `kills` times, each a random time between `begin` and `end` after the start, then leave
-    the last start alone; the number of kills."""
+    """Start and kill, at most `kills` times, then leave the last start alone; the number of kills. Of five kills one
+    comes while it starts (`begin`: seconds to the first epoch), the others within `end - begin` of the first arm."""
     count = 0
     while True:
-        run, moment = Started(folder), draw.uniform(begin, end)
+        run, moment = Started(folder), draw.uniform(0.3 * begin, begin)
+        if draw.random() < 0.8:
+            run.at_work()
+            moment = time.monotonic() - run.begun + draw.uniform(0, end - begin)
         through = run.ended(moment if count < kills else 600)
         resumed = run.told("trained before|epoch ")[:1]
         if count and resumed:
@@ -198,8 +206,7 @@ def main(kills, seed=0, epochs=12):
     while done < kills:
         folder = project(base / f"after {done}", epochs)
         print(f"a new run, after {done} kills", flush=True)
-        count = disturbed(folder, draw, kills - done, 0.3 * begin, max(1.3 * begin, 0.6 * end), lambda text: print(
-            text, flush=True))  # fmt: skip
+        count = disturbed(folder, draw, kills - done, begin, end, lambda text: print(text, flush=True))
         check_end(folder, whole)
         done += count
         print(f"rows, weights and histories after {count} kills are bit-identical to the undisturbed run's", flush=True)

@@ -10,12 +10,12 @@ from vitlab.compress.tokens.reduction import reduce_tokens
 from vitlab.metrics.measure import accuracy
 from vitlab.models.checkpoint import fingerprint
 from vitlab.study import study, zoo
-spec = zoo.scaled("ours", dict(dataset="tiny", image_size=32, dim=32, depth=2, heads=2, mlp_dim=64, epochs=2, batch=125,
+spec = zoo.scaled("ours", dict(dataset="tiny", image_size=32, dim=32, depth=1, heads=2, mlp_dim=64, epochs=2, batch=125,
     warmup=1, dropout=0.1, drop_path=0.1, ema=0.9, mixup=0.2, cutmix=0.5, augment="crop(4)+flip+trivial"))
 for threads in (1, 2):
     torch.set_num_threads(threads)
     here = study.Study("01_a", root=f"{sys.argv[1]}/{threads}", device="cpu", log=lambda line: None)
-    arm = here.arm(spec, data := here.data("tiny").with_train(500))
+    arm = here.arm(spec, data := here.data("tiny").with_train(250))
     row = here.row(arm, data, seconds=0.01, batch=8)
     small = accuracy(reduce_tokens(arm.model, r_max=0.5), data.test, mean=data.mean, std=data.std, num_classes=10)
     kept = {k: row[k] for k in ("accuracy_top1", "accuracy_top5", "nll", "ece", "params", "macs", "peak_mb", "key")}
