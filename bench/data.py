@@ -44,8 +44,8 @@ class Pictures(TorchDataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def torchvision_loader(data, batch, extra, pil):
-    """An iterator without end of batches from two workers, on PIL images or on uint8 tensors."""
+def torchvision_loader(data, batch, extra, pil, workers=WORKERS):
+    """An iterator without end of batches from `workers` processes, on PIL images or on uint8 tensors."""
     size, split = data.image_size, data.train
     steps = [v2.RandomCrop(size, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
     steps += [extra()] if extra else []
@@ -55,7 +55,7 @@ def torchvision_loader(data, batch, extra, pil):
     pictures = Pictures(images, split.labels.tolist(), v2.Compose(steps))
     endless = RandomSampler(pictures, replacement=True, num_samples=10**9)
     loader = DataLoader(
-        pictures, batch_size=batch, sampler=endless, num_workers=WORKERS, persistent_workers=True
+        pictures, batch_size=batch, sampler=endless, num_workers=workers, persistent_workers=workers > 0
     )
     return iter(loader)
 

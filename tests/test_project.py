@@ -132,7 +132,7 @@ def test_scripts():
         if shutil.which("bash"):
             subprocess.run(["bash", "-n", ROOT / name], check=True)
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and line[0] != "#"]
-    assert [line for line in lines if not line.startswith(("set", "cd", "trap"))] == ["./run_all.sh --test"]
+    assert lines[-1] == "./run_all.sh --test"
 
 
 def test_presets_and_notebooks_know_each_other():
@@ -183,5 +183,5 @@ def test_executed_notebook_is_of_the_present_code_or_marked(path):
 
 
 def test_generated_files_say_what_the_rows_say():
-    assert report.stale(ROOT) == [], "run `vitlab report`"
+    assert list(report.stale(ROOT)) == [], "run `vitlab report`"
     assert len(re.findall(r"\S*\w\S*", (ROOT / "README.md").read_text())) <= 900

@@ -52,7 +52,9 @@ def parser():
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_run, add_train, add_evaluate, add_measure, add_apply, add_export, add_data):
         add(commands)
-    commands.add_parser("report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md")
+    sub = commands.add_parser("report", help="write what the rows say into README.md, RESULTS.md and CLAIMS.md")
+    sub.add_argument("--site", type=Path, nargs="?", const=Path("site"), metavar="DIR",
+                     help="the notebooks and these files as web pages, too (default: site)")
     for name in ("train", "evaluate", "measure", "apply", "data"):
         sub = commands.choices[name]
         sub.add_argument("--skip-broken", dest="on_error", action="store_const", const="skip", default="raise",

@@ -52,7 +52,7 @@ def test_snippets_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 def test_options_that_readme_names_exist():
-    known = vars(cli.parser().parse_args(["run"]))
+    known = vars(cli.parser().parse_args(["run"])) | vars(cli.parser().parse_args(["report"]))
     for option in re.findall(r"--[a-z][a-z-]+", README.split("## Your own model")[0]):
         assert option.strip("-").replace("-", "_") in {*known, "help"}
 

@@ -40,9 +40,9 @@ def put(project, name, row):
 
 
 def test_what_is_said_is_worked_out_from_rows(study):
-    assert report.stale(study.source) == ["README.md", "RESULTS.md", "CLAIMS.md"]
+    assert list(report.stale(study.source)) == ["README.md", "RESULTS.md", "CLAIMS.md"]
     assert report.refresh(study.source) == ["README.md", "RESULTS.md", "CLAIMS.md"]
-    assert report.stale(study.source) == []
+    assert report.stale(study.source) == {}
     readme, results, claims = ((study.source / f"{n}.md").read_text() for n in ("README", "RESULTS", "CLAIMS"))
     # -1 and -2 points
     assert "| 1.85x for 0.90 points | -1.50 ± 0.71 points, 1.50x the throughput | n = 2, scaled down |" in readme

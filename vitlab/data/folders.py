@@ -19,6 +19,8 @@ from vitlab.utils.files import digest
 
 FOLDER_SIZE = 64
 KINDS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# told by their content; Pillow opens other formats, too, one of them (EPS) by running another program
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -156,8 +158,11 @@ def picture(data, size):
 
     Turned as its EXIF says; transparent parts lie on white; 16-bit grey is scaled to 8 bits; of several
     frames the first. The short side is scaled to `size` (bicubic, antialiased) and the centre is cut out.
+    ValueError for more pixels than Pillow takes without a warning: a small file could fill the memory.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
         image.draft(None, (2 * size, 2 * size))  # decodes a far larger JPEG at a fraction, much faster
         image = _rgb(ImageOps.exif_transpose(image))
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)

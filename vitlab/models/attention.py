@@ -67,7 +67,8 @@ class Attention(nn.Module):
         if rows is None:
             qkv = self.qkv(x) if self.even else self._filled(self.qkv(x), self.widths)
             b, n = x.shape[:2]
-            q, k, v = qkv.view(b, n, 3, self.heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
+            # taken apart before they are turned: their gradients are then put together without another copy
+            q, k, v = (part.transpose(1, 2) for part in qkv.view(b, n, 3, self.heads, self.width).unbind(2))
         else:
             queries, weight, bias = self.sizes[0], self.qkv.weight, self.qkv.bias
             bias = (None, None) if bias is None else (bias[:queries], bias[queries:])

@@ -65,9 +65,14 @@ def listing(project):
 
 
 def report(options):
-    """Write README's computed parts, RESULTS.md and CLAIMS.md."""
-    changed = pages.refresh(notebooks.project().source)
+    """Write README's computed parts, RESULTS.md and CLAIMS.md; the static site where one is asked for."""
+    root = notebooks.project().source
+    changed = pages.refresh(root)
     print("\n".join(f"{name} was written" for name in changed) or "everything is up to date")
+    if options.site:
+        from vitlab.run import site
+
+        print(f"{len(site.write(root, options.site))} pages; open {options.site / 'index.html'}")
     return 0
 
 

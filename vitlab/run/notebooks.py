@@ -1,6 +1,7 @@
 """Notebook files: where they are, their parameters and presets, what an executed one says of itself."""
 
 import ast
+import contextlib
 import hashlib
 import os
 import re
@@ -111,8 +112,9 @@ def read_yaml(text, where):
     """The value of a YAML text; ValueError in one line that begins with `where`."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: {text.strip()[:60]!r} is no YAML ({getattr(error, 'problem', error)})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that there is not
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ValueError(f"{where}: {text.strip()[:60]!r} is no YAML ({problem})") from error
 
 
 def presets(source):
@@ -130,13 +132,15 @@ def preset_parameters(source, preset, notebooks):
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(presets(source)) or 'none'}")
     file = f"presets/{preset}.yaml"
     sections = read_yaml((Path(source) / file).read_text(encoding="utf-8"), file) or {}
+    if not isinstance(sections, dict) or not all(isinstance(s, dict | None) for s in sections.values()):
+        raise ValueError(f"{file}: sections with `name: value` lines are needed, one a notebook")
     common = sections.pop("common", None) or {}
     stems = [n.stem for n in notebooks]
-    if strange := sorted(set(sections) - set(stems)):
+    if strange := sorted(set(sections) - set(stems), key=str):
         raise ValueError(f"{file}: no notebook for {strange}; there are: {', '.join(stems)}")
     if missing := sorted(set(stems) - set(sections)):
         raise ValueError(f"{file} has no section for {missing}; `name: {{}}` takes the notebook's defaults")
-    if nobody := sorted(set(common).difference(*(n.parameters for n in notebooks))):
+    if nobody := sorted(set(common).difference(*(n.parameters for n in notebooks)), key=str):
         raise ValueError(f"{file}: no notebook has the parameters {nobody} of `common`")
     found = {}
     for notebook in notebooks:
@@ -173,8 +177,10 @@ def prepare(source, folder, preset="tiny"):
 # ------------------------------------------------------------------------------------ executed copies
 
 def marks(path):
-    """What the executed notebook `path` says of its run, or {} where there is none."""
-    return dict(nbformat.read(path, as_version=4).metadata["vitlab"]) if path.exists() else {}
+    """What the executed notebook `path` says of its run, or {} where there is none, or no whole one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        return dict(nbformat.read(path, as_version=4).metadata["vitlab"])
+    return {}
 
 
 def stamp(project, preset, notebook, parameters):

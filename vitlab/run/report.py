@@ -13,6 +13,7 @@ from vitlab.study import claims, verdicts
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
+FILES = ("README.md", "RESULTS.md", "CLAIMS.md")
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
 MOST = 6  # findings that README shows
 PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
@@ -37,20 +38,20 @@ def render(root):
     readme = (evidence.root / "README.md").read_text(encoding="utf-8")
     parts = {"hero": hero(evidence), "projects": projects(evidence), "findings": findings(evidence),
              "status": status(evidence)}  # fmt: skip
-    return {"README.md": fill(readme, parts), "RESULTS.md": results(evidence), "CLAIMS.md": claims_page(evidence)}
+    return dict(zip(FILES, (fill(readme, parts), results(evidence), claims_page(evidence))))
 
 
 def stale(root):
-    """The names of the files that say anything else than the rows do."""
-    return [name for name, text in render(root).items() if _read(Path(root) / name) != text]
+    """{file name: what it should say} of the files that say anything else than the rows do."""
+    return {name: text for name, text in render(root).items() if _read(Path(root) / name) != text}
 
 
 def refresh(root):
     """Write what is stale; the names of the files that changed."""
-    texts, changed = render(root), stale(root)
-    for name in changed:
-        write_text(Path(root) / name, texts[name])
-    return changed
+    changed = stale(root)
+    for name, text in changed.items():
+        write_text(Path(root) / name, text)
+    return list(changed)
 
 
 def fill(text, parts):
@@ -167,17 +168,18 @@ def conclusions(evidence, stem):
 
 def status(evidence):
     """What ran where, and from which code."""
-    lines = []
-    for notebook in evidence.notebooks:
-        cells = [f"[{notebook.stem}](notebooks/{notebook.path.name})"]
-        for preset in PRESETS:
-            job = evidence.jobs.get((notebook.stem, preset))
-            marks = nb.marks(evidence.root / "executed" / preset / notebook.path.name)
-            state = runner.standing(evidence.project, job) if job else "never run"
-            said = f"{marks['finished'][:10]}, {marks['device']}" if marks else state
-            cells.append(said if state in (runner.SKIPPED, said) else f"{said}: {state}")
-        lines.append(cells)
+    lines = [[f"[{n.stem}](notebooks/{n.path.name})", *(standing(evidence, n, p) for p in PRESETS)]
+             for n in evidence.notebooks]  # fmt: skip
     return markdown(["notebook", *(f"`{p}`" for p in PRESETS)], lines)
+
+
+def standing(evidence, notebook, preset):
+    """When and on which device a notebook's executed copy was made, and, where that is so, that it is out of date."""
+    job = evidence.jobs.get((notebook.stem, preset))
+    marks = nb.marks(evidence.root / "executed" / preset / notebook.path.name)
+    state = runner.standing(evidence.project, job) if job else "never run"
+    said = f"{marks['finished'][:10]}, {marks['device']}" if marks else state
+    return said if state in (runner.SKIPPED, said) else f"{said}: {state}"
 
 
 # --------------------------------------------------------------------------------- RESULTS, CLAIMS

@@ -194,10 +194,23 @@ def run_one(project, job, terms, part=""):
     """Run one notebook and keep its executed copy; the Outcome.
 
     part: the name of this one seed of a notebook: what counts are the arms it trains, and no copy is kept.
+    While another `vitlab run` is at work on it in the same folder it is waited for, and what that one finished is not
+    run again.
     """
     stem, label = job.notebook.stem, part or job.notebook.stem
     scratch = project.root / ".state" / "run" / job.preset / f"{label}.ipynb"
-    scratch.parent.mkdir(parents=True, exist_ok=True)
+    spent = lambda: terms.stopped.is_set() or time.time() >= terms.deadline  # noqa: E731
+    try:
+        with files.locked(scratch.with_suffix(".lock"), lambda line: print(line, flush=True), spent) as waited:
+            if waited and not part and not terms.fresh and standing(project, job) == SKIPPED:
+                return Outcome(stem, SKIPPED, note="another run did it")
+            return _run_one(project, job, terms, part, scratch)
+    except TimeoutError as error:
+        return Outcome(stem, WAITING, note=f"budget spent: {error}")
+
+
+def _run_one(project, job, terms, part, scratch):
+    stem, label = job.notebook.stem, part or job.notebook.stem
     scratch.unlink(missing_ok=True)
     begun, stamp = time.time(), job.stamp(project)
     end = min(terms.limit, begun + terms.timeout)

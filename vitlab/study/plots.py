@@ -40,6 +40,11 @@ def save(figure, path):
     return figure
 
 
+def literal(text):
+    """`text` as it is: between dollar signs matplotlib reads formulas, and fails at what is none."""
+    return str(text).replace("$", r"\$")
+
+
 def axis(name):
     """The label of a measured column, with its unit."""
     column = COLUMNS[name]
@@ -186,11 +191,11 @@ def confusion(matrix, classes, *, title=""):
     shares = 100 * counts / np.clip(counts.sum(1, keepdims=True), 1, None)
     side = min(WIDTH, 3 + 0.32 * len(classes))
     figure, ax = plt.subplots(figsize=(side, side * 0.85))
-    few = len(classes) <= 20
+    few, names = len(classes) <= 20, [literal(name) for name in classes]
     sns.heatmap(shares, annot=few, fmt=".0f", cmap="cividis", ax=ax, square=True, vmin=0, vmax=100,
-                xticklabels=classes if few else False, yticklabels=classes if few else False,
+                xticklabels=names if few else False, yticklabels=names if few else False,
                 annot_kws={"fontsize": 7}, cbar_kws={"label": "% of the class's images", "shrink": 0.8})  # fmt: skip
-    ax.set(xlabel="predicted", ylabel="truth", title=title)
+    ax.set(xlabel="predicted", ylabel="truth", title=literal(title))
     return figure
 
 
@@ -207,7 +212,7 @@ def per_class(scores, classes):
     for name, (colour, marker) in colours(scores).items():
         values = np.array(scores[name], float)[order]
         ax.plot(values, np.arange(len(order)), marker, color=colour, label=name, markersize=6, alpha=0.85)
-    ax.set_yticks(np.arange(len(order)), [classes[i] for i in order])
+    ax.set_yticks(np.arange(len(order)), [literal(classes[i]) for i in order])
     ax.set(xlabel="accuracy of the class (%)", xlim=(0, 101), ylim=(-0.6, len(order) - 0.4))
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

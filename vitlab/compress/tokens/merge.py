@@ -111,7 +111,7 @@ class Plan:
     def positions(self, positions):
         """Original patch of each output patch; -1 for the fused one. positions: B N with the prefix rows."""
         kept = take(positions, self.stay)
-        return torch.cat([kept, torch.full_like(kept[:, :1], -1)], dim=1) if self.fused else kept
+        return torch.cat([kept, kept.new_full((len(kept), 1), -1)], dim=1) if self.fused else kept
 
 
 def _length(x):

@@ -1,0 +1,83 @@
+"""How much of what token reduction saves in operations is saved in time: DeiT-S and the study's baseline.
+
+    OMP_WAIT_POLICY=passive python bench/tokens.py [--models deit,ours] [--batches 1,16,64] [--share 0.7] [--record]
+
+Random weights: what is timed does not hang on them. "share of the limit" is (time of the plain model / time of the
+reduced one) / (its MACs / their MACs): 1 where time falls as the operations do. ToMe merges a constant number of tokens
+a block, by keys; ours a rising number, by the study's merge, with only the class token in the last block. Eager and
+compiled, in turns, medians. bench/slim.py does the same for pruned models.
+"""
+
+import argparse
+
+import timm
+import torch
+from record import record
+
+import vitlab
+from vitlab.compress.tokens.search import fit_budget
+from vitlab.metrics import meters
+from vitlab.models.timm import from_timm
+from vitlab.utils import threads
+
+MODELS = {
+    "deit": lambda: from_timm(timm.create_model("deit_small_patch16_224")),
+    "ours": lambda: vitlab.ViT(vitlab.ViTConfig(dim=128, depth=5, heads=4, mlp_dim=256, stem="residual")),
+}
+
+
+def reduced(plain, share):
+    """{what was done: model} at `share` of the MACs of `plain`."""
+    budget = share * plain.config.macs()
+    ours = fit_budget(plain, budget, action="ward", alpha=1.0, pooled_last=True)
+    tome = fit_budget(plain, budget, action="merge", schedule="constant")
+    return {"ToMe": vitlab.reduce_tokens(plain, tome), "ours": vitlab.reduce_tokens(plain, ours)}
+
+
+def compare(name, cheaper, batches, seconds, compiled):
+    """Rows of one model: its own time, and of each cheaper one the speed-up and the share of the limit reached."""
+    torch.manual_seed(0)
+    plain = MODELS[name]().eval()
+    models = {"plain": plain} | cheaper(plain)
+    macs = {what: model.config.macs() for what, model in models.items()}
+    engines = {"eager": models}
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # one function, many models
+        engines["compiled"] = {what: torch.compile(model, dynamic=False) for what, model in models.items()}
+    side, rows = plain.config.image_size, []
+    for batch in batches:
+        images = torch.randn(batch, 3, side, side)
+        for engine, runs in engines.items():
+            timed = meters.compare(runs, images, warmup=3, seconds=seconds, min_runs=5)
+            times = {what: timing.median_s for what, timing in timed.items()}
+            for what in list(models)[1:]:
+                faster, limit = times["plain"] / times[what], macs["plain"] / macs[what]
+                rows.append({"model": name, "made cheaper": what, "batch": batch, "engine": engine,
+                             "plain (ms)": 1e3 * times["plain"], "speed-up": faster, "limit by MACs": limit,
+                             "share of the limit": faster / limit})  # fmt: skip
+                print(rows[-1], flush=True)
+    return rows
+
+
+def main(name, cheaper, about):
+    """The command line of this benchmark and of bench/slim.py."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--models", default="deit,ours")
+    parser.add_argument("--batches", default="1,16,64")
+    parser.add_argument("--share", type=float, default=0.7, help="of the MACs that are left")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each model's timing")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--record", action="store_true", help="keep the table in bench/results and bench/README.md")
+    options = parser.parse_args()
+    print(threads.choose())
+    rows = []
+    for model in options.models.split(","):
+        batches = [int(batch) for batch in options.batches.split(",")]
+        rows += compare(model, lambda plain: cheaper(plain, options.share), batches, options.seconds,
+                        not options.no_compile)  # fmt: skip
+    if options.record:
+        record(name, rows, share=options.share, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    main("tokens", reduced, __doc__)
