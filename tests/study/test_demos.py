@@ -32,13 +32,13 @@ def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
 
 
 def test_the_newer_recipe_is_the_better_one(tiny):
-    files = [DEMO / f"ours-cifar10{name}.safetensors" for name in ("", "-muon")]
-    before, after = (accuracy(checkpoint.load(file), tiny) for file in files)
-    assert after > before
+    files = [DEMO / f"ours-cifar10{name}.safetensors" for name in ("", "-muon", "-muon-s1")]
+    before, *after = (accuracy(checkpoint.load(file), tiny) for file in files)
+    assert min(after) > before
 
 
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 4 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 5 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6

@@ -88,11 +88,12 @@ def test_the_chart_shows_every_arm_and_every_star():
     pairs = [("images_per_s_x", "change"), ("latency_x", "change")]
     figure = scoreboard.chart(board, pairs, said=scoreboard.claimed())
     left, right = figure.axes
-    assert "batch 64" in left.get_xlabel() and "batch 1" in right.get_xlabel()
+    assert "64 images at a time" in left.get_xlabel() and "one image at a time" in right.get_xlabel()
     stars = next(line for line in left.lines if line.get_label() == "claimed")
     assert len(stars.get_xdata()) == scoreboard.claimed().images_per_s_x.notna().sum()
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"baseline", "tokens dropped", "claimed"}
+    assert {"token pruning,\npruned alpha 1.2", "faster, more accurate"} <= {text.get_text() for text in left.texts}
     plt.close(figure)
 
 

@@ -12,8 +12,12 @@ from vitlab.study.noise import NOISE, interval
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
 IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
-LABELS = {"change": "change in accuracy (points)", "latency_x": "measured speed-up, batch 1",
-          "images_per_s_x": "measured speed-up, batch {}"}  # fmt: skip
+LABELS = {"change": "change in accuracy (points)", "latency_x": "times as fast, one image at a time",
+          "images_per_s_x": "times as fast, {} images at a time"}  # fmt: skip
+METHODS = {"S0": "sparse attention", "S1": "factorised attention", "S2": "channel pruning", "S3": "token pruning",
+           "S4": "linear attention"}  # fmt: skip
+CORNERS = {(1, 1.01, "right", "bottom"): "faster, more accurate",
+           (0.01, 0.01, "left", "bottom"): "slower, less accurate"}  # fmt: skip
 # family -> what the name of such an arm has in it (the first that fits); what others are compared with is a "baseline"
 FAMILIES = {
     "softmax attention": "^softmax|^dense", "distilled": "kd", "CNN": "(?i)cnn", "sparse attention": "sparse|top-?k",
@@ -92,7 +96,8 @@ def chart(frame, panels, *, said=None):
     said: points of `claimed`, as hollow stars, named where no other name stands.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
-    look = plots.colours(["baseline", *FAMILIES])
+    look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s")}  # what others are held against
+    look |= plots.colours([family for family in FAMILIES if family not in look])
     for ax, (x, y) in zip(axes[0], panels):
         scale = COLUMNS[x].scale if x in COLUMNS else 1.0
         for family, part in frame.dropna(subset=[x, y]).groupby("family", sort=False):
@@ -104,8 +109,11 @@ def chart(frame, panels, *, said=None):
             ax.plot(part[x], part[y], "*", markersize=13, markerfacecolor="none", color="k", label="claimed")
         if y == "change":
             ax.axhline(0, color="0.5", linewidth=0.8)
+            ax.axvline(1, color="0.5", linewidth=0.8)
             ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
-            ax.yaxis.set_major_formatter("{x:+g}")
+            ax.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
+            for (across, up, side, end), words in CORNERS.items():
+                ax.text(across, up, words, ha=side, va=end, transform=ax.transAxes, fontsize=8, color="0.4")
         else:
             best = front(frame, x, y, lower=x != "images_per_s")
             ax.plot(best[x] * scale, best[y], color="0.6", linewidth=1, zorder=0)
@@ -114,11 +122,13 @@ def chart(frame, panels, *, said=None):
                xlabel=LABELS[x].format(f"{frame.batch.max():g}") if x in LABELS else plots.axis(x))  # fmt: skip
         plots.plain_log(ax.xaxis)
         named = []
-        for *at, name in () if said is None else said.sort_values(x)[[x, y, "model"]].dropna()[::-1].to_numpy():
+        for *at, model in () if said is None else said.sort_values(x)[[x, y, "model"]].dropna()[::-1].to_numpy():
+            project, _, arm = model.partition("/")
             place = ax.transData.transform(at)
             if all(any(abs(place - other) > (90, 12)) for other in named):
                 named.append(place)
-                ax.annotate(name, at, (8, 0), textcoords="offset points", fontsize=7, va="center")
+                ax.annotate(f"{METHODS[project]},\n{arm.replace('-', ' ')}", at, (8, 0), fontsize=7, va="center",
+                            textcoords="offset points")  # fmt: skip
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
     return figure

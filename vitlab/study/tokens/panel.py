@@ -76,4 +76,4 @@ def panel(evaluators, *, interactive=None, **start):
         display(draw(evaluators[model], image, **options))
 
     out = w.interactive_output(show, knobs)
-    return w.VBox([w.HBox(list(knobs.values())[:3]), w.HBox([*list(knobs.values())[3:], note]), out])
+    return w.VBox([w.HBox(list(knobs.values())[:3]), w.HBox(list(knobs.values())[3:]), note, out])
