@@ -1,7 +1,8 @@
 """DeiT-S (random weights) made cheaper in several ways, timed in turns: ratios to the plain model.
 
     python bench/deit.py [--model deit_small_patch16_224] [--batches 1,16] [--seconds 2] [--engines eager,onnxruntime]
-                         [--tome CLONE] [--keep FOLDER] [--prepare] [--json FILE]
+                         [--tome CLONE] [--keep FOLDER] [--prepare] [--compile-within 240] [--json FILE]
+                         [--readme bench/README.md]
 
 Runs: plain; ToMe's schedule (a constant number of tokens merged in each block, by keys) and ours (a rising number, by
 the study's merge, with only the class token in the last block) at the same MACs; pruned to about these MACs by us (one
@@ -19,6 +20,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -35,7 +37,7 @@ from vitlab.metrics import meters
 from vitlab.metrics.counts import macs
 from vitlab.models.timm import from_timm
 from vitlab.run import export
-from vitlab.run.report import markdown
+from vitlab.run.report import fill, markdown
 from vitlab.utils.device import device_name, running
 
 ENGINES, UPSTREAM = ("eager", "compiled", "onnxruntime"), "ToMe, its own code"
@@ -51,17 +53,16 @@ def models(name, share, tome):
     budget, side = share * plain.config.macs(), plain.config.image_size
     ours = fit_budget(plain, budget, action="ward", alpha=1.0, pooled_last=True)
     merged = vitlab.reduce_tokens(plain, fit_budget(plain, budget, action="merge", schedule="constant"))
-    cuts = {"pruned, uniform heads": {}, "pruned, unequal heads": {"uniform": False}}
     images = [(torch.randn(4, 3, side, side), torch.arange(4))]
-    found = {"plain": plain, "ToMe": merged}
-    if tome:
-        found[UPSTREAM] = upstream(source, merged, tome, images[0][0])
-    found["ours"] = vitlab.reduce_tokens(plain, ours)
-    found |= {what: vitlab.prune(plain, images, macs=budget, **options) for what, options in cuts.items()}
+    found = {"plain": plain, "ours": vitlab.reduce_tokens(plain, ours),
+             "pruned, uniform heads": vitlab.prune(plain, images, macs=budget), "ToMe": merged}  # fmt: skip
     try:
         found["torch-pruning"] = slim(plain, torch_pruning(plain, int(budget)))
     except (ImportError, ValueError) as problem:
         print(f"torch-pruning: not measured ({problem})")
+    found["pruned, unequal heads"] = vitlab.prune(plain, images, macs=budget, uniform=False)
+    if tome:
+        found[UPSTREAM] = upstream(source, merged, tome, images[0][0])
     return found
 
 
@@ -92,23 +93,30 @@ def upstream(source, merged, clone, images):
     return model
 
 
-def runners(found, folder, engines, shape, batches):
-    """{(model, engine): function of images}, each run once at each batch; what fails is said and left out."""
+def runners(found, folder, engines, shape, batches, within):
+    """{(model, engine): function of images}, each run once at each batch; what fails is said and left out.
+
+    within: seconds after which no further model is compiled. Compiling comes last, for it takes longest.
+    """
     torch._dynamo.config.recompile_limit = 64  # one function, many models
-    runs = {}
-    for what, model in found.items():
-        for engine in engines:
-            begun = time.perf_counter()
+    runs, compiling = {}, 0.0
+    for engine in sorted(engines, key=lambda name: name == "compiled"):
+        for what, model in found.items():
+            if engine == "compiled" and compiling > within:
+                print(f"{what}, compiled: not measured (--compile-within {within:g} is over)", flush=True)
+                continue
+            begun, file = time.perf_counter(), f"{what.replace(', ', '-').replace(' ', '-')}.onnx"
             try:
-                run = prepared(model, engine, Path(folder) / f"{what.replace(', ', '-').replace(' ', '-')}.onnx", shape)
+                run = prepared(model, engine, Path(folder) / file, shape)
                 for batch in batches:
                     with running([run], "cpu"):
                         run(torch.randn(batch, *shape))
             except Exception as problem:  # whatever an exporter or a compiler may raise
                 print(f"{what}, {engine}: not measured ({str(problem).strip().splitlines()[0][:150]})", flush=True)
                 continue
-            runs[what, engine] = run
-            print(f"{what}, {engine}: ready in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+            runs[what, engine], spent = run, time.perf_counter() - begun
+            compiling += spent if engine == "compiled" else 0.0
+            print(f"{what}, {engine}: ready in {spent:.0f} s", file=sys.stderr, flush=True)
     return runs
 
 
@@ -144,7 +152,10 @@ def main():
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--tome", type=Path, help="a clone of facebookresearch/ToMe")
     parser.add_argument("--keep", type=Path, help="folder for what is compiled and exported")
+    parser.add_argument("--compile-within", type=float, default=math.inf, metavar="SECONDS",
+                        help="compile no further model after so long")
     parser.add_argument("--prepare", action="store_true", help="compile and export only")
+    parser.add_argument("--readme", type=Path, help="put the table between its markers there, bench/README.md")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     batches, engines = [int(b) for b in options.batches.split(",")], options.engines.split(",")
@@ -156,7 +167,7 @@ def main():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         found = models(options.model, options.share, options.tome)
         shape = 3, found["plain"].config.image_size, found["plain"].config.image_size
-        runs, timed = runners(found, folder, engines, shape, batches), {}
+        runs, timed = runners(found, folder, engines, shape, batches, options.compile_within), {}
         if options.prepare:
             return
         began = time.strftime("%Y-%m-%d"), os.getloadavg()[0]
@@ -164,9 +175,12 @@ def main():
             images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
             spent = meters.compare(runs, images, warmup=1, seconds=options.seconds, min_runs=5)
             timed[batch] = {key: 1e3 * timing.median_s for key, timing in spent.items()}
-    print(f"\n{options.model} at {options.share:.0%} of the MACs on {device_name('cpu')}, torch {torch.__version__}, "
-          f"{began[0]}; others at work: load {began[1]:.1f}\n")  # fmt: skip
-    print(table(timed, found, shape, engines))
+    said = (f"`{options.model}` at {options.share:.0%} of the MACs on {device_name('cpu')}, torch {torch.__version__}, "
+            f"{began[0]}; load of the machine before: {began[1]:.1f}. Milliseconds (times as fast as plain).\n\n"
+            f"{table(timed, found, shape, engines)}")  # fmt: skip
+    print(f"\n{said}")
+    if options.readme:
+        options.readme.write_text(fill(options.readme.read_text(), {"deit": said}))
     if options.json:
         rows = [{"model": what, "engine": e, "batch": b, "ms": ms} for b in timed for (what, e), ms in timed[b].items()]
         options.json.write_text(json.dumps(rows, indent=1))

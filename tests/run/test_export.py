@@ -25,6 +25,11 @@ MAKE = {
     "slim": lambda: vitlab.prune(dense(), BATCHES, ratio=0.5, multiple=1, uniform=False),
     "reduced": lambda: vitlab.reduce_tokens(dense(), r_max=0.5, action="ward", pooled_last=True),
     "gated": lambda: GatedViT(dense()),
+    "sparse": lambda: dense(attention="topk", attention_args={"k": 0.5}),
+    "linear": lambda: dense(attention="linear"),
+    "favit": lambda: checkpoint.config_class("favit")(
+        image_size=32, stem=(3, 2), dims=(32, 64), depths=(1, 1), heads=(1, 2), mlp_ratios=(2, 2), reductions=(4, 2),
+        window=4, samples=8).build(),
     "resnet": lambda: checkpoint.config_class("resnet")(num_classes=10).build(),
     "timm": lambda: checkpoint.from_dict({"kind": "timm", **TIMM}).build(),
 }

@@ -56,7 +56,7 @@ def test_what_a_team_sees_is_where_its_gradient_reaches(team, query):
     x = torch.randn(1, SIDE, SIDE, CONFIG.dims[0])
     own = attention.parts(x)[team][1].detach().requires_grad_()
     queries = attention.parts(x)[team][0].detach()
-    attention.teams[team](queries, own)[0, query[0], query[1]].sum().backward()
+    attention.teams[attention.names.index(team)](queries, own)[0, query[0], query[1]].sum().backward()
     assert torch.equal(own.grad[0].abs().sum(-1) > 0, favit.sees(CONFIG, 0, query)[team])
 
 

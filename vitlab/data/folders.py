@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -139,8 +139,9 @@ def decode(read, items, size, on_error, title):
                 pass
             if bad and on_error == "raise":
                 i = min(bad)
+                why = "of no known kind" if isinstance(bad[i], UnidentifiedImageError) else bad[i]
                 raise ValueError(
-                    f"{title}: {named[i][0]} cannot be read as an image: {bad[i]} "
+                    f"{title}: {named[i][0]} cannot be read as an image: {why} "
                     f"(on_error='skip', or --skip-broken, leaves such files out)"
                 ) from bad[i]
             keep = [i for i in range(len(named)) if i not in bad]

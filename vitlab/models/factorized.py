@@ -126,21 +126,24 @@ class FactorizedAttention(nn.Module):
         dim, widths = config.dims[stage], config.team_widths(stage)
         self.splits = [width * config.heads[stage] for width in widths.values()]
         self.query, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.teams = nn.ModuleDict({
-            team: GlobalTeam(config, stage, width) if team == "global"
-            else NearTeam(config, stage, width, team == "dilated")
+        self.names = tuple(widths)
+        # by number: torch.export writes names into source, and "global" is a keyword
+        self.teams = nn.ModuleList(
+            GlobalTeam(config, stage, width) if team == "global" else NearTeam(config, stage, width, team == "dilated")
             for team, width in widths.items()
-        })  # fmt: skip
+        )
 
     def parts(self, x):
         """{team: (its queries, its channels)}, grids B H W c."""
         pairs = zip(self.query(x).split(self.splits, -1), x.split(self.splits, -1))
-        return dict(zip(self.teams, pairs))
+        return dict(zip(self.names, pairs))
 
     def forward(self, x):
-        outputs = [self.teams[team](*pair) for team, pair in self.parts(x).items()]
+        outputs = [team(*pair) for team, pair in zip(self.teams, self.parts(x).values())]
         return self.proj(torch.cat(outputs, dim=-1))
 
     def chosen(self, x):
         """The queries that ProbSparse picks, B heads u, computed beside the forward pass; None without it."""
-        return self.teams["global"].attend(*self.parts(x)["global"])[1] if "global" in self.teams else None
+        if "global" not in self.names:
+            return None
+        return self.teams[self.names.index("global")].attend(*self.parts(x)["global"])[1]

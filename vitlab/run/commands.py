@@ -119,7 +119,8 @@ def _train(options, state, device):
         about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
         checkpoint.save(model, options.checkpoint, about | provenance(device))
         state.unlink(missing_ok=True)
-    print(f"{options.checkpoint}: {len(history)} epochs in {history.seconds:,.0f} s; TensorBoard: {logs}")
+    epochs = f"{len(history)} epoch{'s' * (len(history) > 1)}"
+    print(f"{options.checkpoint}: {epochs} in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
 
 
