@@ -64,6 +64,10 @@ CASES = {
     "a teacher without lessons": ([*APPLY, "--prune", "0.5", "--distill"], "--distill needs --fine-tune"),
     "a recipe's slip": ([*APPLY, "--prune", "0.5", "--lrr", "1"], "unknown option --lrr: Recipe has lr"),
     "apply to other classes": ([*APPLY, "--prune", "0.5"], "model.safetensors tells 3 classes apart, the data have 10"),
+    "more than can go": (["apply", "{here}/ten.safetensors", *APPLY[2:-1], "{here}/less", "--prune", ".99"],
+                         "--prune 0.99: at most 0."),
+    "no place": (["apply", "{here}/ten.safetensors", *APPLY[2:-1], "{here}/plain.safetensors/x", "--prune", ".5"],
+                 "plain.safetensors"),
     "nothing to export": (["export", "{here}/model.safetensors"], "nothing to do: give --onnx, --pt2"),
     "export nothing": (["export", "{here}/none", "--pt2"], "none is not there"),
     "no jobs": ([*RUN, "--jobs", "0"], "'0': a whole number of at least 1"),
@@ -76,6 +80,7 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     config = ViTConfig(image_size=32, patch_size=16, dim=16, depth=1, heads=1, num_classes=3)
     checkpoint.save(config.build(), folder / "model.safetensors")
+    checkpoint.save(VIT.build(), folder / "ten.safetensors")
     tensors = load_file(folder / "model.safetensors")
     headless = {k: v for k, v in tensors.items() if not k.startswith("head")}
     meta = {"format": checkpoint.FORMAT, "about": "{}",

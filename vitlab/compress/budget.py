@@ -4,7 +4,11 @@ from vitlab.utils.checks import is_number
 
 
 class BudgetImpossible(ValueError):
-    """The cheapest model that a method allows still costs more than the budget."""
+    """The cheapest model that a method allows still costs more than the budget; `least`: what it costs, if known."""
+
+    def __init__(self, message, least=None):
+        super().__init__(message)
+        self.least = least
 
 
 def demand(name, budget):

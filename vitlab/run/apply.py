@@ -6,9 +6,11 @@ Every step keeps what it has done in a folder beside --out, so that the same com
 import ast
 import copy
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
+from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.distill import Distill
 from vitlab.compress.pruning.gates import GatedViT
 from vitlab.compress.pruning.structured import prune, slim
@@ -143,7 +145,12 @@ def cut(model, data, options):
     small = base
     if options.prune:
         print(f"\npruning {options.prune:.0%} of the MACs: what 256 training images say of each channel", flush=True)
-        small = prune(base, data, macs=(1 - options.prune) * base.config.macs())
+        whole = base.config.macs()
+        try:
+            small = prune(base, data, macs=(1 - options.prune) * whole)
+        except BudgetImpossible as short:
+            most = math.floor(100 * (1 - short.least / whole)) / 100
+            raise ValueError(f"--prune {options.prune:g}: at most {most:g} of this model's MACs can go") from short
         print(f"{base.config.macs() / 1e6:,.1f} -> {small.config.macs() / 1e6:,.1f} MMac an image", flush=True)
     if options.reduce_tokens:
         auto, fields = token_options(options.reduce_tokens)

@@ -80,7 +80,7 @@ class _Ranking:
             raise BudgetImpossible(
                 f"{name}={budget:,} is impossible: the smallest model that pruning {', '.join(kinds)} "
                 f"allows has {smallest:,.6g} (least={self.least}, multiple={self.multiple}); "
-                f"the unpruned one has {whole:,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more"
+                f"the unpruned one has {whole:,.6g}. Prune more kinds ({', '.join(KINDS)}) or allow more", smallest
             )
         steps = 18 if name == "macs" else 8  # a measurement costs more than a formula
         return self.masks(bisect(lambda ratio: cost(narrow(self.config, self.masks(ratio))), budget, 0.0, 1.0, steps))
