@@ -19,5 +19,5 @@ def test_a_change_is_paired_by_seed_and_says_when_it_is_unclear():
     differences = pd.Series([2.0, 2.5, 1.5])
     error = ((10 * 2 * 0.5**2 + 2 * differences.var()) / 12 / 3) ** 0.5
     assert change(rows, "a", "b") == f"+2.00 ± {2.178813 * error:.2f} points"
-    assert change(rows, "c", "a").endswith("points, unclear")
+    assert change(rows, "c", "a").endswith("points (unclear)")
     assert change(rows[rows.seed > 0], "a", "b").startswith("+2.00")

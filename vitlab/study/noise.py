@@ -56,7 +56,7 @@ def change(rows, arm, other):
     by_seed = rows.pivot(index="seed", columns="arm", values="accuracy_top1")
     apart = (by_seed[arm] - by_seed[other]).dropna().tolist()
     mean, _, margin = interval(apart, math.sqrt(2) * run_noise(rows))
-    return f"{mean:+.2f} ± {margin:.2f} points" + ", unclear" * (abs(mean) <= margin)
+    return f"{mean:+.2f} ± {margin:.2f} points" + " (unclear)" * (abs(mean) <= margin)
 
 
 def over_seeds(values, column):

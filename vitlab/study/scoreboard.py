@@ -20,9 +20,10 @@ CORNERS = {(1, 1.01, "right", "bottom"): "faster, more accurate",
            (0.01, 0.01, "left", "bottom"): "slower, less accurate"}  # fmt: skip
 # family -> what the name of such an arm has in it (the first that fits); what others are compared with is a "baseline"
 FAMILIES = {
-    "softmax attention": "^softmax|^dense", "distilled": "kd", "CNN": "(?i)cnn", "sparse attention": "sparse|top-?k",
+    "several at once": r"/.* \+ ", "softmax attention": "^softmax|^dense", "distilled": "kd", "CNN": "(?i)cnn",
+    "sparse attention": "sparse|top-?k",
     "factorised attention": "S1/|team", "linear attention": "ripple|hydra|linear", "tokens merged, ToMe": "ToMe",
-    "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving", "smaller model": "tiny",
+    "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving|fewer tokens", "smaller model": "tiny",
     "tokens dropped": "drop|EViT|attention at|random at|S3/|pooled-last", "channels pruned": "",
 }  # fmt: skip
 
@@ -70,6 +71,13 @@ def board(rows):
                     "change": change, "margin": margin, "latency_x": (other.latency_ms / values.latency_ms).mean(),
                     "images_per_s_x": (values.images_per_s / other.images_per_s).mean()}  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def labelled(frame):
+    """`frame` with the columns of SHOWN in their units, rounded, under the names that a reader knows."""
+    shown = {c: COLUMNS[c] for c in SHOWN if c in frame}
+    frame = frame.assign(**{c: (frame[c].astype(float) * of.scale).round(of.digits) for c, of in shown.items()})
+    return frame.rename(columns={c: f"{of.label} ({of.unit})".replace(" ()", "") for c, of in shown.items()})
 
 
 def front(frame, cost, quality="accuracy_top1", lower=True):
