@@ -1,8 +1,7 @@
 """DeiT-S (random weights) made cheaper in several ways, timed in turns: ratios to the plain model.
 
     python bench/deit.py [--model deit_small_patch16_224] [--batches 1,16] [--seconds 2] [--engines eager,onnxruntime]
-                         [--tome CLONE] [--keep FOLDER] [--prepare] [--compile-within 240] [--json FILE]
-                         [--readme bench/README.md]
+                         [--tome CLONE] [--keep FOLDER] [--prepare] [--compile-within 240] [--record]
 
 Runs: plain; ToMe's schedule (a constant number of tokens merged in each block, by keys) and ours (a rising number, by
 the study's merge, with only the class token in the last block) at the same MACs; pruned to about these MACs by us (one
@@ -19,7 +18,6 @@ Compiling takes minutes, and is the same on a busy machine: --keep FOLDER keeps 
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import sys
@@ -28,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from record import record, show
 
 import vitlab
 from vitlab.compress.pruning.peers import torch_pruning
@@ -37,8 +36,8 @@ from vitlab.metrics import meters
 from vitlab.metrics.counts import macs
 from vitlab.models.timm import from_timm
 from vitlab.run import export
-from vitlab.run.report import fill, markdown
-from vitlab.utils.device import device_name, running
+from vitlab.run.report import markdown
+from vitlab.utils.device import running
 
 ENGINES, UPSTREAM = ("eager", "compiled", "onnxruntime"), "ToMe, its own code"
 
@@ -134,13 +133,15 @@ def prepared(model, engine, path, shape):
 
 
 def table(timed, found, shape, engines):
-    """The Markdown table: a line a model, with ms and the ratio to plain in each engine at each batch."""
-    lines = []
+    """A row a model: ms, and how many times as fast as plain, in each engine at each batch; None: not measured."""
+    rows = []
     for what, model in found.items():
-        cells = [f"{times[what, e]:.1f} ({times['plain', e] / times[what, e]:.2f}x)" if (what, e) in times else "-"
-                 for times in timed.values() for e in engines]  # fmt: skip
-        lines.append((what, f"{macs(model, shape) / 1e6:,.0f}", *cells))
-    return markdown(["", "MMac", *(f"batch {b}, {engine}" for b in timed for engine in engines)], lines)
+        row = {"": what, "MMac": f"{macs(model, shape) / 1e6:,.0f}"}
+        for (batch, times), engine in itertools.product(timed.items(), engines):
+            ms, plain = times.get((what, engine)), times.get(("plain", engine))
+            row[f"batch {batch}, {engine}"] = f"{ms:.1f} ({plain / ms:.2f}x)" if ms and plain else None
+        rows.append(row)
+    return rows
 
 
 def main():
@@ -155,8 +156,7 @@ def main():
     parser.add_argument("--compile-within", type=float, default=math.inf, metavar="SECONDS",
                         help="compile no further model after so long")
     parser.add_argument("--prepare", action="store_true", help="compile and export only")
-    parser.add_argument("--readme", type=Path, help="put the table between its markers there, bench/README.md")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--record", action="store_true", help="keep the table in bench/results and bench/README.md")
     options = parser.parse_args()
     batches, engines = [int(b) for b in options.batches.split(",")], options.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
@@ -170,20 +170,17 @@ def main():
         runs, timed = runners(found, folder, engines, shape, batches, options.compile_within), {}
         if options.prepare:
             return
-        began = time.strftime("%Y-%m-%d"), os.getloadavg()[0]
         for batch in batches:
             images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
             spent = meters.compare(runs, images, warmup=1, seconds=options.seconds, min_runs=5)
             timed[batch] = {key: 1e3 * timing.median_s for key, timing in spent.items()}
-    said = (f"`{options.model}` at {options.share:.0%} of the MACs on {device_name('cpu')}, torch {torch.__version__}, "
-            f"{began[0]}; load of the machine before: {began[1]:.1f}. Milliseconds (times as fast as plain).\n\n"
-            f"{table(timed, found, shape, engines)}")  # fmt: skip
-    print(f"\n{said}")
-    if options.readme:
-        options.readme.write_text(fill(options.readme.read_text(), {"deit": said}))
-    if options.json:
-        rows = [{"model": what, "engine": e, "batch": b, "ms": ms} for b in timed for (what, e), ms in timed[b].items()]
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = table(timed, found, shape, engines)
+    print(markdown(list(rows[0]), [map(show, row.values()) for row in rows]))
+    if options.record:
+        below = f"`{options.model}` at {options.share:.0%} of the MACs; milliseconds (times as fast as plain)."
+        every = [{"model": what, "engine": engine, "batch": batch, "ms": ms}
+                 for batch, times in timed.items() for (what, engine), ms in times.items()]  # fmt: skip
+        record("deit", rows, below, times=every, model=options.model, share=options.share)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Where a benchmark's last table goes: bench/results/NAME.json, and its section of bench/README.md."""
 
 import os
-import re
 from pathlib import Path
 
+from vitlab.run.report import fill, markdown
 from vitlab.utils import files
 from vitlab.utils.provenance import provenance
 from vitlab.utils.threads import physical_cores
@@ -20,22 +20,12 @@ def record(name, rows, below="", *, device="cpu", **facts):
     about = provenance(device)
     found = {"rows": rows, **facts, "cores": physical_cores(), "load_before": LOAD, **about}
     files.write_json(HERE / "results" / f"{name}.json", found)
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     versions = ", ".join(f"{p} {about['versions'][p]}" for p in ("torch", "torchvision", "timm"))
     where = f"{about['device']} (of {found['cores']} cores), load before {LOAD}, {versions}, {about['finished'][:10]}"
-    section = "\n\n".join([start + markdown(rows), where, *[below] * bool(below)]) + f"\n{end}"
-    new, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: section, text, flags=re.DOTALL)
-    if not count:
-        raise ValueError(f"bench/README.md has no section {start.strip()}")
-    files.write_text(readme, new)
-
-
-def markdown(rows):
-    """The rows as a Markdown table."""
-    cells = [[str(k) for k in rows[0]], ["---"] * len(rows[0]), *([show(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    table = markdown(list(rows[0]), [map(show, row.values()) for row in rows])
+    readme = HERE / "README.md"
+    section = "\n\n".join([table.strip(), where, *[below] * bool(below)]) + "\n"
+    files.write_text(readme, fill(readme.read_text(encoding="utf-8"), {name: section}))
 
 
 def show(value):

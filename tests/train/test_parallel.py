@@ -55,13 +55,18 @@ def torchrun(*command, **environment):
 def test_two_processes_train_what_one_does(data, tmp_path):
     torch.save(data, tmp_path / "data.pt")
     torchrun(__file__, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of the two: threads, too, add in another order
     alone = cases(data)
+    torch.set_num_threads(threads)
     for rank in (0, 1):
         shared = torch.load(tmp_path / f"{rank}.pt")
         for name, tensors in alone.items():
             # Muon and its NAdamW divide small gradients by their size, which enlarges what rounding did to them
             near = {"atol": 1e-5, "rtol": 1e-4} if name != "muon" else {"atol": 1e-2, "rtol": 1e-2}
             for key, tensor in tensors.items():
+                if (name, key) == ("muon", "accuracy"):
+                    near = {"atol": 100 / 64 + 1e-4, "rtol": 0}  # an image of 64 may fall to the other side
                 torch.testing.assert_close(shared[name][key], tensor, **near, msg=lambda m: f"{name}, {key}: {m}")  # noqa: B023
 
 

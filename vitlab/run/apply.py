@@ -204,7 +204,7 @@ def verdict(rows, batches):
     price = f"accuracy against {control!r}: {cost}{'' if cost.clear else ', within noise'}"
     for batch in batches:
         gain, free = rows[BEFORE][batch] / rows[AFTER][batch], rows[BEFORE][batch] / rows[FREE][batch]
-        against = f"{gain:.2f}x as fast as before; the pooled last block alone, for no accuracy at all, {free:.2f}x"
+        against = f"{gain:.2f}x as fast as before; the pooled last block alone, which costs no accuracy, {free:.2f}x"
         if gain < free * WORTH or gain < WORTH:
             found.append(f"At batch {batch} it did not pay: {against}.")
         elif cost.clear and cost.points < 0:

@@ -60,7 +60,7 @@ def fill(text, parts):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md has {count} pairs of <!-- {name} --> ... <!-- /{name} -->, not one")
+            raise ValueError(f"there are {count} pairs of <!-- {name} --> ... <!-- /{name} -->, not one")
     return text
 
 

@@ -199,7 +199,10 @@ def run_one(project, job, terms, part=""):
     """
     stem, label = job.notebook.stem, part or job.notebook.stem
     scratch = project.root / ".state" / "run" / job.preset / f"{label}.ipynb"
-    spent = lambda: terms.stopped.is_set() or time.time() >= terms.deadline  # noqa: E731
+
+    def spent():
+        return terms.stopped.is_set() or time.time() >= terms.deadline
+
     try:
         with files.locked(scratch.with_suffix(".lock"), lambda line: print(line, flush=True), spent) as waited:
             if waited and not part and not terms.fresh and standing(project, job) == SKIPPED:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vitlab.data.augment import Augment
+from vitlab.utils.checks import is_number
 from vitlab.utils.files import LATER, identity
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
@@ -65,7 +66,7 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r}: a whole number of at least 1 is needed")
         for name in ("lr", "weight_decay", "warmup", "min_lr", "mixup", "cutmix", "mix_off"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not (is_number(value) and value >= 0):
                 raise ValueError(f"{name}={value!r}: a finite number of at least 0 is needed")
         if (self.optimizer == "muon") != (self.rest_lr is not None):
             raise ValueError(f"rest_lr={self.rest_lr}, optimizer={self.optimizer!r}: muon needs one, others have none")
@@ -77,7 +78,7 @@ class Recipe:
         Augment(self.augment)  # a spec that cannot be read is refused here, not an hour later
         for name in ("smoothing", "ema"):
             value = getattr(self, name) or 0
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            if not (is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name}={value!r}: a number in [0, 1) is needed")
 
     def lr_at(self, epoch, steps):
