@@ -1,12 +1,15 @@
 """How to train, as plain data: optimiser, schedule, regularisation, precision."""
 
+import functools
 import math
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import nn
 
 from vitlab.data.augment import Augment
+from vitlab.train.precision import has_bfloat16
 from vitlab.utils.checks import is_number
 from vitlab.utils.files import LATER, identity
 
@@ -114,7 +117,7 @@ class Recipe:
         decayed = [(name, p) for name, p in named if not is_undecayed(name, p)]
         if self.optimizer == "muon":
             outer = [p for name, p in decayed if name == first or not HEADS.isdisjoint(name.split("."))]
-            return self._muon([p for _, p in decayed], outer, free)
+            return self._muon([p for _, p in decayed], outer, free, device)
         decayed = [p for _, p in decayed]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": free, "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
@@ -125,8 +128,11 @@ class Recipe:
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, lr=self.lr, betas=self.betas, fused=torch.device(device).type in ("cuda", "cpu"))
 
-    def _muon(self, decayed, outer, free):
-        from timm.optim import Muon
+    def _muon(self, decayed, outer, free, device):
+        if torch.device(device).type == "cpu" and not has_bfloat16():
+            Muon = float32_muon()
+        else:
+            from timm.optim import Muon
 
         # of these, timm leaves to NAdamW what is no matrix: depthwise convolutions, fewer than 4 rows or columns
         hidden = [p for p in decayed if not any(p is o for o in outer)]
@@ -141,6 +147,23 @@ class Recipe:
             [g for g in groups if g["params"]], lr=self.lr, momentum=self.momentum, nesterov=True, betas=self.betas,
             fallback_lr_scale=self.rest_lr / self.lr,
         )  # fmt: skip
+
+
+def float32_muon():
+    """timm's Muon with its Newton-Schulz iteration in float32.
+
+    timm fixes it to bfloat16, which a CPU without units for it emulates: of a step at width 128 that took a third.
+    """
+    from timm.optim import muon
+
+    iteration = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+
+    class Muon(muon.Muon):
+        def step(self, closure=None):
+            with mock.patch.object(muon, "zeropower_via_newtonschulz", iteration):
+                return super().step(closure)
+
+    return Muon
 
 
 def told_apart(recipe):
