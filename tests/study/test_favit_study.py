@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from vitlab.models.favit import FaViT, FaViTConfig
-from vitlab.study import favit
+from vitlab.study import favit, plots
 
 SIDE, WINDOW = 8, 4
 CONFIG = FaViTConfig(image_size=SIDE, stem=(1, 1), dims=(32,), depths=(1,), heads=(1,), mlp_ratios=(1,),
@@ -41,7 +41,7 @@ def test_as_published_the_rest_gets_zeros():
 
 def test_published_gathering_takes_more_memory_than_the_keys_it_saves():
     """A copy of 25 keys of 8 channels a query against 49 logits a query: 25 * 8 / 49, the claims' factor of 4."""
-    rows = {r["way"]: r["peak_mb"] for r in favit.costs([28], width=8, seconds=0.0) if r["pass"] == "forward"}
+    rows = {r["arm"]: r["peak_mb"] for r in favit.costs([28], width=8, seconds=0.0) if r["pass"] == "forward"}
     extra = rows[favit.PUBLISHED] / rows[favit.THINNED]
     # the table and its softmax are held at once, which halves what the factor says
     assert 0.4 * 25 * 8 / 49 < extra < 1.5 * 25 * 8 / 49
@@ -73,4 +73,4 @@ def test_figures_are_drawn():
     assert "stage 1: 256 tokens" in titles and "local: 16 of 256" in titles and "dilated: 16 of 256" in titles
     rows = favit.costs([14, 28], width=8, seconds=0.0)
     assert {r["n"] for r in rows} == {196, 784} and all(math.isfinite(r["ms"]) for r in rows)
-    assert len(favit.cost_figure(rows).axes) == 4
+    assert len(plots.scaling(rows).axes) == 4

@@ -79,17 +79,17 @@ def compare(functions, example=None, *, device=None, dtype=None, warmup=5, secon
     return {name: _timing(spent[name]) for name in functions}
 
 
-def training_step(model, images, inputs=False):
-    """A function that runs `model` on `images` forward and back once, for meters, which run in inference mode.
+def training_step(model, *images, inputs=False):
+    """A function that runs a model (or function) on `images` forward and back once, for meters in inference mode.
 
-    The loss is the sum of the output; `inputs`: with the gradient of the images too.
+    The loss is the sum of the output; `inputs`: with the gradients of the images too.
     """
-    images = images.detach().clone().requires_grad_(inputs)
-    wanted = [*model.parameters(), *[images] * inputs]
+    images = [each.detach().clone().requires_grad_(inputs) for each in images]
+    wanted = [*getattr(model, "parameters", list)(), *images * inputs]
 
     def step():
         with torch.inference_mode(False), torch.enable_grad():
-            torch.autograd.grad(model(images).sum(), wanted)
+            torch.autograd.grad(model(*images).sum(), wanted)
 
     return step
 

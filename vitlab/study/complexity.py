@@ -74,39 +74,48 @@ def macs_crossover(attention, attention_args=(), *, sides=range(4, 129), **wide)
     return next((s * s for s in sides if layer_macs(s, **this, **wide) < layer_macs(s, **wide)), None)
 
 
-def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, device="cpu", dtype=None, log=None):
-    """Rows (dicts) of time and memory of one attention layer at each grid side, arms in turns.
+def metered(functions, inputs, *, seconds, dtype=None, skip=()):
+    """Rows (dicts) of time and memory of {name: module or function} of the `inputs`, tensors B ... n d, in turns.
+
+    A row holds arm, pass ("training" has the gradients of inputs and weights), n, images, ms (an image), ms_q25,
+    ms_q75, peak_mb (an image, what the pass allocates; 1 MB is 1e6 bytes). skip: pairs (arm, pass) to leave out.
+    """
+    rows, device, (images, *_, n, _) = [], inputs[0].device, inputs[0].shape
+    for kind in PASSES:
+        calls = {name: training_step(f, *inputs, inputs=True) if kind == "training" else partial(f, *inputs)
+                 for name, f in functions.items() if (name, kind) not in skip}  # fmt: skip
+        timed = compare(calls, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3) if calls else {}
+        for name, time in timed.items():
+            memory = peak_memory(calls[name], None, device=device, dtype=dtype).activations
+            each = {"ms": time.median_s, "ms_q25": time.q25_s, "ms_q75": time.q75_s, "peak_mb": memory / 1e9}
+            rows.append({"arm": name, "pass": kind, "n": n, "images": images}
+                        | {key: value * 1e3 / images for key, value in each.items()})  # fmt: skip
+    return rows
+
+
+def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, device="cpu", dtype=None, log=print):
+    """`metered` rows of one attention layer at each grid side, with its side and macs.
 
     arms: {name: (attention, attention_args)}. tokens: images x n, about the same at every n (default 2^18 on
     CUDA, 2^11 elsewhere; at least one image). seconds: for each reading. An arm and pass whose next size
-    would take more than `limit` seconds is left out from there on. A row holds arm, pass, n, side, images,
-    ms (an image), ms_q25, ms_q75, peak_mb (an image, what the pass allocates; 1 MB is 1e6 bytes), macs.
+    would take more than `limit` seconds is left out from there on.
     """
     device, rows, skip = torch.device(device), [], set()
+    tokens = tokens or (2**18 if device.type == "cuda" else 2**11)
     for side in sides:
         n = side * side
-        images = max(1, (tokens or (2**18 if device.type == "cuda" else 2**11)) // n)
         made = {name: layer(side, dim=dim, heads=heads, attention=a, attention_args=k)
                 for name, (a, k) in arms.items()}  # fmt: skip
-        x = torch.randn(images, n, dim, generator=torch.Generator().manual_seed(n)).to(device)
-        for kind in PASSES:
-            mine = {}
-            for name, (attend, _) in made.items():
-                if (name, kind) not in skip:
-                    attend = attend.to(device).eval()
-                    mine[name] = partial(attend, x) if kind == "forward" else training_step(attend, x, inputs=True)
-            timed = compare(mine, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3) if mine else {}
-            for name, time in timed.items():
-                memory = peak_memory(mine[name], None, device=device, dtype=dtype)
-                each = {key: value * 1e3 / images for key, value in
-                        (("ms", time.median_s), ("ms_q25", time.q25_s), ("ms_q75", time.q75_s))}  # fmt: skip
-                rows.append({"arm": name, "pass": kind, "n": n, "side": side, "images": images} | each
-                            | {"peak_mb": memory.activations / 1e6 / images, "macs": made[name][1]})  # fmt: skip
-                # four times the tokens cost at most sixteen times as much; five calls are made of it
-                if time.median_s * 5 * 16 > limit:
-                    skip.add((name, kind))
-                    if log:
-                        log(f"{name}, {kind}: n above {n} is left out (it would take too long here)")
+        generator = torch.Generator().manual_seed(n)
+        x = torch.randn(max(1, tokens // n), n, dim, generator=generator).to(device)
+        layers = {name: attend.to(device).eval() for name, (attend, _) in made.items()}
+        for row in metered(layers, [x], seconds=seconds, dtype=dtype, skip=skip):
+            name, kind = row["arm"], row["pass"]
+            rows.append(row | {"side": side, "macs": made[name][1]})
+            # four times the tokens cost at most sixteen times as much; five calls are made of it
+            if 5 * 16 * row["ms"] * row["images"] > 1e3 * limit:
+                skip.add((name, kind))
+                log(f"{name}, {kind}: n above {n} is left out (it would take too long here)")
     return rows
 
 

@@ -5,11 +5,10 @@ import math
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import NullFormatter
 
-from vitlab.metrics.meters import compare, peak_memory
 from vitlab.models.factorized import gridded, probsparse, ungridded
-from vitlab.study.plots import WIDTH, colours
+from vitlab.study.complexity import metered
+from vitlab.study.plots import WIDTH
 
 TABLE, FUSED, THINNED = "every pair, as a table", "every pair, fused (SDPA)", "thinned keys"
 PROBSPARSE, PUBLISHED = "ProbSparse", "thinned keys + ProbSparse as published"
@@ -66,56 +65,13 @@ def ways(n, *, window=7, keys=7, samples=25, top=5.0):
 
 
 def costs(sides, *, width=64, heads=1, seconds=0.1, device="cpu", **options):
-    """Rows (dicts) of time (ms) and memory (peak_mb, what the pass allocates; 1 MB is 1e6 bytes) of one image.
-
-    All ways in turns, at each grid side; pass: "forward", or "training" (with the gradients of query, key, value).
-    """
-    rows, device = [], torch.device(device)
+    """`complexity.metered` rows of all `ways` (which take the options), of one image at each grid side."""
+    rows = []
     for side in sides:
         generator = torch.Generator().manual_seed(side)
         tokens = torch.randn(3, 1, heads, side**2, width // heads, generator=generator).to(device)
-        for kind in ("forward", "training"):
-            calls = {name: _call(way, tokens, kind == "training") for name, way in ways(side**2, **options).items()}
-            timed = compare(calls, device=device, warmup=1, seconds=seconds, min_runs=3)
-            for name, time in timed.items():
-                memory = peak_memory(calls[name], None, device=device).activations
-                rows.append({"way": name, "pass": kind, "n": side**2, "ms": 1e3 * time.median_s,
-                             "peak_mb": memory / 1e6})  # fmt: skip
+        rows += metered(ways(side**2, **options), tokens, seconds=seconds)
     return rows
-
-
-def _call(way, tokens, training):
-    if not training:
-        return lambda: way(*tokens)
-    with torch.inference_mode(False):  # the meters run in inference mode, whose tensors cannot be differentiated
-        inputs = [t.clone().requires_grad_() for t in tokens]
-
-    def both():
-        with torch.inference_mode(False), torch.enable_grad():
-            out = way(*inputs)
-            return torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
-
-    return both
-
-
-def cost_figure(rows):
-    """Time and memory of `costs` against the number of tokens, forward and training."""
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH * 1.15, 5.2), sharex=True)
-    looks, sizes = colours(dict.fromkeys(r["way"] for r in rows)), sorted({r["n"] for r in rows})
-    for line, (column, label) in zip(axes, (("ms", "ms an image"), ("peak_mb", "MB allocated"))):
-        for ax, kind in zip(line, ("forward", "training")):
-            for name, (colour, marker) in looks.items():
-                mine = sorted((r["n"], r[column]) for r in rows if r["way"] == name and r["pass"] == kind)
-                ax.plot(*zip(*mine), color=colour, marker=marker, markersize=4, label=name)
-            ax.set(xscale="log", yscale="log")
-            ax.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7)
-            ax.xaxis.set_minor_formatter(NullFormatter())
-        line[0].set_ylabel(label)
-    for ax, kind in zip(axes[0], ("forward", "forward and backward")):
-        ax.set_title(kind)
-    figure.supxlabel("tokens", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    return figure
 
 
 def tint(image, there, strength=0.82):

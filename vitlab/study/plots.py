@@ -218,37 +218,31 @@ def per_class(scores, classes):
     return figure
 
 
-PANELS = (
-    ("forward", "ms", "forward (ms)"),
-    ("training", "ms", "forward + backward (ms)"),
-    ("training", "peak_mb", "memory in training (MB)"),
-    ("forward", "macs", "MACs"),
-)
-
-
 def scaling(rows, crossings=None):
-    """Time, memory and operations of a layer against tokens n, log-log; `rows` as `complexity.sweep` gives them.
+    """Time, memory and, where known, operations of ways to attend against tokens n, log-log.
 
-    crossings: {pass: {arm: n or None}}; each is marked by a dotted line in the arm's colour in that pass's panel
-    of time. Bands are quartiles.
+    rows: of `complexity.sweep` or `metered`. crossings: {pass: {arm: n or None}}; each is marked by a dotted line in
+    the arm's colour in that pass's panel of time. Bands are quartiles.
     """
+    panels = [("forward", "ms", "forward (ms)"), ("training", "ms", "forward + backward (ms)"),
+              ("forward", "peak_mb", "memory forward (MB)"), ("training", "peak_mb", "memory in training (MB)"),
+              ("forward", "macs", "MACs")]  # fmt: skip
+    del panels[2 if "macs" in rows[0] else 4]
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
-    for ax, (kind, column, label) in zip(axes.flat, PANELS):
+    for ax, (kind, column, label) in zip(axes.flat, panels):
         for arm, (colour, marker) in colours(r["arm"] for r in rows).items():
-            mine = [r for r in rows if r["arm"] == arm and r["pass"] == kind]
-            n = [r["n"] for r in mine]
-            ax.plot(n, [r[column] for r in mine], marker=marker, color=colour, markersize=5, label=arm)
+            mine = pd.DataFrame([r for r in rows if r["arm"] == arm and r["pass"] == kind])
+            ax.plot(mine.n, mine[column], marker=marker, color=colour, markersize=5, label=arm)
             if column == "ms":
-                low, high = ([r[f"ms_{q}"] for r in mine] for q in ("q25", "q75"))
-                ax.fill_between(n, low, high, color=colour, alpha=0.2, linewidth=0)
+                ax.fill_between(mine.n, mine.ms_q25, mine.ms_q75, color=colour, alpha=0.2, linewidth=0)
                 if at := (crossings or {}).get(kind, {}).get(arm):
                     ax.axvline(at, color=colour, linestyle=":", linewidth=1.2)
         ax.set(yscale="log", ylabel=label)
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_formatter("{x:g}")
     for ax in axes[1]:
         ax.set_xlabel("tokens n of one image")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
