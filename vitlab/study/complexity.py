@@ -87,9 +87,9 @@ def metered(functions, inputs, *, seconds, dtype=None, skip=()):
         timed = compare(calls, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3) if calls else {}
         for name, time in timed.items():
             memory = peak_memory(calls[name], None, device=device, dtype=dtype).activations
-            each = {"ms": time.median_s, "ms_q25": time.q25_s, "ms_q75": time.q75_s, "peak_mb": memory / 1e9}
-            rows.append({"arm": name, "pass": kind, "n": n, "images": images}
-                        | {key: value * 1e3 / images for key, value in each.items()})  # fmt: skip
+            seconds_of = {"ms": time.median_s, "ms_q25": time.q25_s, "ms_q75": time.q75_s}
+            rows.append({"arm": name, "pass": kind, "n": n, "images": images, "peak_mb": memory / 1e6 / images}
+                        | {key: value * 1e3 / images for key, value in seconds_of.items()})  # fmt: skip
     return rows
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vitlab.models.factorized import gridded, probsparse, ungridded
 from vitlab.study.complexity import metered
-from vitlab.study.plots import WIDTH
+from vitlab.study.plots import WIDTH, pictures
 
 TABLE, FUSED, THINNED = "every pair, as a table", "every pair, fused (SDPA)", "thinned keys"
 PROBSPARSE, PUBLISHED = "ProbSparse", "thinned keys + ProbSparse as published"
@@ -75,14 +75,14 @@ def costs(sides, *, width=64, heads=1, seconds=0.1, device="cpu", **options):
 
 
 def tint(image, there, strength=0.82):
-    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white; H W C floats.
+    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white, as floats C H W.
 
     An image of fewer pixels than the grid has cells is enlarged, so that no cell is lost.
     """
     scale = -(-4 * there.shape[-1] // image.shape[-1])
     image = image.float().repeat_interleave(scale, 1).repeat_interleave(scale, 2) / 255
     gone = 1 - F.interpolate(there[None, None].float(), image.shape[-2:], mode="nearest")[0]
-    return (image * (1 - strength * gone) + strength * gone).permute(1, 2, 0)
+    return image * (1 - strength * gone) + strength * gone
 
 
 def main_direction(grid):
@@ -120,7 +120,7 @@ def journey(image, grids, config):
     for ax in axes[1]:
         ax.set_axis_off()
     for ax, (team, there) in zip(axes[1], views.items()):
-        ax.imshow(tint(image, there))
+        ax.imshow(tint(image, there).permute(1, 2, 0))
         ax.plot(*[(m + 0.5) * ax.images[0].get_array().shape[1] / config.sides[0] - 0.5 for m in middle], "r+")
         ax.set_title(f"{team}: {int(there.sum()):,} of {there.numel():,}", fontsize=8)
     for ax in axes[0]:
@@ -131,18 +131,9 @@ def journey(image, grids, config):
 
 def chosen_queries(images, chosen, sides):
     """uint8 images N C H W and, under each, the queries that ProbSparse picks in each stage (all heads together)."""
-    stages = [(side, picked) for side, picked in zip(sides, chosen) if picked is not None]
-    figure, axes = plt.subplots(len(stages) + 1, len(images), squeeze=False,
-                                figsize=(WIDTH, WIDTH / len(images) * (len(stages) + 1) * 1.05))  # fmt: skip
-    for i, image in enumerate(images):
-        axes[0][i].imshow(image.permute(1, 2, 0))
-        for line, (side, picked) in zip(axes[1:], stages):
-            there = torch.zeros(side * side, dtype=torch.bool)
-            there[picked[i].flatten().cpu()] = True
-            line[i].imshow(tint(image, there.view(side, side)))
-    for line, label in zip(axes, ["image", *(f"stage {k + 1}\n{p.shape[-1]} of {s * s:,}"
-                                             for k, (s, p) in enumerate(stages))]):  # fmt: skip
-        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=7)
-        for ax in line:
-            ax.set_axis_off()
-    return figure
+    sheet, rows = [*images], ["image"]
+    for side, picked in ((side, picked.cpu()) for side, picked in zip(sides, chosen) if picked is not None):
+        there = torch.zeros(len(images), side * side, dtype=torch.bool).scatter_(1, picked.flatten(1), True)
+        sheet += [tint(image, mask.view(side, side)) for image, mask in zip(images, there)]
+        rows.append(f"stage {len(rows)}\n{picked.shape[-1]} of {side * side:,}")
+    return pictures(sheet, rows, columns=len(images), size=WIDTH / len(images))

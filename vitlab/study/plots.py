@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study.noise import over_seeds
@@ -60,13 +61,16 @@ def colours(names):
     return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
-def pictures(images, rows, titles=(), *, columns=10):
-    """A sheet of uint8 images N C H W. rows: names at the left of each row of them; titles: above the first."""
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.75, len(rows) * 0.84), squeeze=False)
+def pictures(images, rows, titles=(), *, columns=10, size=0.75):
+    """A sheet of images C H W (uint8, or floats up to 1), each `size` inches wide.
+
+    rows: names at the left of each row of them; titles: above the first.
+    """
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * size, 1.12 * len(rows) * size), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, image in zip(axes.flat, images):
-        ax.imshow(image.permute(1, 2, 0).cpu().numpy())
+        ax.imshow(image.permute(1, 2, 0).cpu())
     for ax, name in zip(axes[:, 0], rows):
         ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=8)
     for ax, title in zip(axes[0], titles):
@@ -76,22 +80,11 @@ def pictures(images, rows, titles=(), *, columns=10):
 
 def patches(image, patch):
     """One uint8 image C H W beside the patches a ViT cuts it into, in the order it reads them."""
-    channels, height, width = image.shape
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 0.7, WIDTH * 0.36))
-    axes[0].imshow(image.permute(1, 2, 0).cpu())
-    axes[0].set_title(f"{height} x {width} pixels", fontsize=9)
-    grid, gap = (height // patch, width // patch), max(1, patch // 4)
-    step = patch + gap
-    sheet = np.full((grid[0] * step - gap, grid[1] * step - gap, channels), 255, np.uint8)
-    for i in range(grid[0]):
-        for j in range(grid[1]):
-            part = image[:, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].permute(1, 2, 0).cpu()
-            sheet[i * step : i * step + patch, j * step : j * step + patch] = part
-    axes[1].imshow(sheet)
-    axes[1].set_title(f"{grid[0] * grid[1]} tokens of {patch} x {patch}", fontsize=9)
-    for ax in axes:
-        ax.set_axis_off()
-    return figure
+    cut = image.cpu().unfold(1, patch, patch).unfold(2, patch, patch)  # C rows columns patch patch
+    gap = max(1, patch // 4)
+    sheet = F.pad(cut, (0, gap, 0, gap), value=255).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :-gap, :-gap]
+    titles = (f"{image.shape[1]} x {image.shape[2]} pixels", f"{cut[0, ..., 0, 0].numel()} tokens of {patch} x {patch}")
+    return pictures((image, sheet), [""], titles, columns=2, size=WIDTH * 0.35)
 
 
 def curves(arms, columns=("loss", "val_accuracy")):
@@ -147,28 +140,23 @@ def plain_log(axis_):
     """Plain numbers on a logarithmic axis."""
     low, high = axis_.get_view_interval()
     axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
-    axis_.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis_.set_major_formatter("{x:g}")
     axis_.set_minor_formatter(NullFormatter())
 
 
 def bars(frame, *, unit):
     """Grouped horizontal bars: one group a row, one bar a column of `frame`; missing values are left out."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 0.6 + 0.22 * frame.shape[0] * (frame.shape[1] + 0.8)))
+    height = 0.22 * frame.shape[0] * (frame.shape[1] + 0.8)
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.6 + height))
     palette = sns.color_palette("colorblind", frame.shape[1])
-    height = 0.8 / frame.shape[1]
-    for i, column in enumerate(frame.columns):
-        at = np.arange(len(frame)) + (i - (frame.shape[1] - 1) / 2) * height
-        drawn = ax.barh(at, frame[column], height * 0.92, color=palette[i], label=column)
-        texts = ["" if v != v else f" {v:,.4g}" for v in frame[column]]
-        ax.bar_label(drawn, texts, fontsize=7)
-    ax.set_yticks(np.arange(len(frame)), frame.index)
+    frame.plot.barh(ax=ax, width=0.8, color=palette, edgecolor="white", legend=False, xlabel=unit, ylabel="")
+    for drawn, column in zip(ax.containers, frame):
+        ax.bar_label(drawn, ["" if v != v else f" {v:,.4g}" for v in frame[column]], fontsize=7)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel=unit)
     ax.margins(x=0.12)
     if frame.shape[1] > 1:  # below the axis label, whatever the height
-        below = -0.6 / (0.22 * frame.shape[0] * (frame.shape[1] + 0.8))
-        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncols=frame.shape[1])
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=frame.shape[1])
     return figure
 
 
@@ -264,23 +252,14 @@ def fields(found, *, patch):
 
 def attention(images, maps, titles):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
-    names, count = list(maps), len(images)
-    figure, axes = plt.subplots(1 + len(names), count, figsize=(WIDTH, WIDTH / count * (1 + len(names)) * 1.06),
-                                squeeze=False)  # fmt: skip
-    for i in range(count):
-        picture = images[i].permute(1, 2, 0).cpu().numpy()
-        axes[0][i].imshow(picture)
-        axes[0][i].set_title(titles[i], fontsize=8)
-        for row, name in enumerate(names, 1):
-            large = torch.nn.functional.interpolate(maps[name][i][None, None].float().cpu(), picture.shape[:2])
-            axes[row][i].imshow(picture.mean(2), cmap="gray")
-            axes[row][i].imshow(large[0, 0], cmap="magma", alpha=0.6, vmin=0, vmax=1)
-    for row, name in enumerate(["image", *names]):
-        axes[row][0].text(-0.08, 0.5, name, transform=axes[row][0].transAxes, rotation=90, ha="right", va="center",
-                          fontsize=8)  # fmt: skip
-    for ax in axes.flat:
-        ax.set_axis_off()
-    return figure
+    grey = images.cpu().float().mean(1, keepdim=True)
+    low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
+    sheet = [*images]
+    for found in maps.values():
+        large = F.interpolate(found[:, None].float().cpu(), images.shape[-2:])[:, 0]
+        laid = torch.from_numpy(plt.get_cmap("magma")(large.numpy())[..., :3]).movedim(-1, 1)
+        sheet += [*(0.6 * laid + 0.4 * (grey - low) / (high - low).clamp_min(1e-6))]
+    return pictures(sheet, ["image", *maps], titles, columns=len(images), size=WIDTH / len(images))
 
 
 def table(rows, columns):
