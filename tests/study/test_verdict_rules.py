@@ -138,7 +138,7 @@ def test_what_is_told_without_a_run():
 
 def test_no_figure_counts_twice_and_our_own_facts_do_not():
     facts = [c for c in load() if c.source == "verified"]
-    assert not counted(settle(c, c.value, as_published=True) for c in facts if c.judged != "never")
+    assert not counted(settle(c, [c.value], as_published=True) for c in facts if c.judged != "never")
     change, figure = (settle(f"S2/pruned-40/{m}", get(f"S2/pruned-40/{m}").value, as_published=True)
                       for m in ("accuracy-change", "accuracy"))  # fmt: skip
     pending = replace(figure, status="pending")

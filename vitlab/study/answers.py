@@ -37,14 +37,13 @@ def answers(claim, rows):
         rows = rows.assign(test_s=TEST_IMAGES / rows.images_per_s)
     if claim.judged == "always":
         rows = rows[rows.as_published.astype(bool)]
-    mine = _of(rows, claim, claim.model, column)
-    if claim.against:
-        mine = mine[mine.index.isin(_of(rows, claim, claim.against, column).index)]
+    mine, base = (_of(rows, claim, model, column) for model in (claim.model, claim.against or claim.model))
+    mine = mine[mine.index.isin(base.index)]
     if not len(mine):
         return [], False, "not measured in this run"
     values = mine[column].astype(float)
     if claim.against:
-        base = _of(rows, claim, claim.against, column)[column].astype(float).reindex(values.index)
+        base = base[column].astype(float).reindex(values.index)
         values = {"%": 100 * (values / base - 1), "x": values / base, "points": base - values}[claim.unit]
     elif column in RAW:
         values = values.map(claim.in_unit)

@@ -164,16 +164,15 @@ def get(claim_id):
 def select(*, claims=None, **wanted):
     """The claims whose fields are as wanted, each given as one value or a collection of allowed ones.
 
-    Fields: project, model, metric, kind, source, judged, notebook, better, table. A value that no claim has
-    is a ValueError naming the near ones, never an empty answer; a combination that none has gives ().
+    A value that no claim has is a ValueError naming the near ones, never an empty answer; a combination that none has
+    gives ().
     """
     claims = tuple(load() if claims is None else claims)
-    choosable = ("project", "model", "metric", "table", *ALLOWED)
     for name, value in wanted.items():
-        if name not in choosable:
-            raise ValueError(f"claims cannot be selected by {name!r}; {near(name, choosable)}")
+        if name not in Claim.__dataclass_fields__:
+            raise ValueError(f"claims cannot be selected by {name!r}; {near(name, Claim.__dataclass_fields__)}")
         values = {value} if isinstance(value, str) else set(value)
-        known = {getattr(c, name) for c in (*load(), *claims)}
+        known = {getattr(c, name) for c in load()}
         for missing in sorted(values - known - set(ALLOWED.get(name, ()))):
             raise ValueError(f"no claim has {name} {missing!r}; {near(missing, known)}")
         claims = tuple(c for c in claims if getattr(c, name) in values)

@@ -119,27 +119,26 @@ def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, devi
     return rows
 
 
-def _series(rows, kind, column):
-    """{arm: {n: its value}} of one pass, without what was not measured."""
-    found = {r["arm"]: {} for r in rows}
+def _series(rows, column):
+    """{pass: {arm: {n: its value}}}, without what was not measured."""
+    found = {kind: {r["arm"]: {} for r in rows} for kind in PASSES}
     for r in rows:
-        if r["pass"] == kind and r[column]:
-            found[r["arm"]][r["n"]] = r[column]
+        if r[column]:
+            found[r["pass"]][r["arm"]][r["n"]] = r[column]
     return found
 
 
 def growth(rows, column="ms"):
     """{pass: {arm: exponent of n in `column`, or None}} over the upper half of the sizes of each series."""
-    return {kind: {arm: slope(values.items()) for arm, values in _series(rows, kind, column).items()}
-            for kind in PASSES}  # fmt: skip
+    return {kind: {arm: slope(values.items()) for arm, values in series.items()}
+            for kind, series in _series(rows, column).items()}  # fmt: skip
 
 
-def crossovers(rows, against="softmax", column="ms"):
-    """{pass: {arm: the n from which it stays below `against`, or None where it does not within the sizes}}."""
-    found = {}
-    for kind in PASSES:
-        series = _series(rows, kind, column)
-        base = series.pop(against, {})
+def crossovers(rows, column="ms"):
+    """{pass: {arm: the n from which it stays below softmax, or None where it does not within the sizes}}."""
+    found = _series(rows, column)
+    for kind, series in found.items():
+        base = series.pop("softmax", {})
         found[kind] = {arm: crossing([(n, v / base[n]) for n, v in values.items() if n in base])
                        for arm, values in series.items()}  # fmt: skip
     return found

@@ -37,15 +37,10 @@ def p_value(values, noise):
     return 2 * (1 - t_below(away / error, freedom)) if error else float(away == 0)
 
 
-def sampling_error(accuracy, images):
-    """Standard deviation (points) of an accuracy (%) for want of more test images than `images`."""
-    share = accuracy / 100
-    return 100 * math.sqrt(share * (1 - share) / images)
-
-
 def run_noise(rows):
     """Standard deviation (points) to expect of one run's accuracy: its seed's, and the finite test set's."""
-    return math.hypot(NOISE["accuracy"], sampling_error(rows.accuracy_top1.mean(), rows.n.min()))
+    share = rows.accuracy_top1.mean() / 100
+    return math.hypot(NOISE["accuracy"], 100 * math.sqrt(share * (1 - share) / rows.n.min()))
 
 
 def change(rows, arm, other):

@@ -152,12 +152,8 @@ def kept_share(config, masks):
 
 
 def relative(rows, columns, base):
-    """Change of `columns` in % of the arm `base` of the same seed; a DataFrame with arm and seed.
-
-    A value that was not measured stays missing.
-    """
-    first = rows[rows.arm == base].set_index("seed")
-    below = first.loc[rows.seed, columns].astype(float).to_numpy()
+    """Change of `columns` in % of the arm `base` of the same seed; a DataFrame with arm and seed, gaps kept."""
+    below = rows[rows.arm == base].set_index("seed").loc[rows.seed, columns].astype(float).to_numpy()
     return pd.concat([rows[["arm", "seed"]], 100 * (rows[columns].astype(float) / below - 1)], axis=1)
 
 

@@ -201,7 +201,7 @@ class Study:
         """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
         verdict = verdicts.settle(claim, values, **options)
         self.verdicts[verdict.claim] = verdict
-        self._write("verdicts", [v.to_row() for v in self.verdicts.values()])
+        self._write("verdicts", [dataclasses.asdict(v) for v in self.verdicts.values()])
         return verdict
 
     def settle_rows(self, rows, selected):

@@ -14,11 +14,9 @@ ordering (`direction agrees`, `opposes`, `unclear`); what has its own figures, o
 any measurement; absolute times, memories and powers are not testable here, as their hardware is unknown.
 """
 
-import json
 import math
-import numbers
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -26,6 +24,7 @@ from vitlab.metrics.statistics import holm
 from vitlab.study import zoo
 from vitlab.study.claims import get, load, quantity
 from vitlab.study.noise import NOISE, interval, p_value
+from vitlab.utils.checks import is_number
 
 DIRECTIONS = ("direction agrees", "direction opposes", "direction unclear")
 CONTRADICTED, NO_RUN = "contradicted by its own data", "no run behind it"
@@ -50,38 +49,19 @@ class Verdict:
     why: str = ""  # what is not as published, as it was given
     reason: str = ""  # all there is to say of the status
 
-    def __post_init__(self):
-        if self.status not in STATUSES:
-            raise ValueError(f"verdict on {self.claim}: status {self.status!r}, allowed: {STATUSES}")
-
-    def to_row(self):
-        """The verdict as a dictionary that JSON can hold."""
-        return json.loads(json.dumps(asdict(self)))
-
-
-def _frozen(value):
-    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _finite(claim, value):
-    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"claim {claim.id}: {value!r} is not a finite number (None: nothing was measured)")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
 
 def _measured(claim, values):
-    """`values` as a tuple of plain Python values of the claim's type, one a run."""
-    values = values.tolist() if hasattr(values, "tolist") else values  # arrays and tensors
-    values = [] if values is None else values if isinstance(values, (list, tuple)) else [values]
+    """`values` as a tuple, one a run; ValueError where one is not of the claim's type, or not finite."""
+    values = values if isinstance(values, (list, tuple)) else [] if values is None else [values]
     if isinstance(claim.value, tuple):
-        runs = values if not values or isinstance(values[0], (list, tuple)) else [values]
-        return tuple(tuple(_finite(claim, v) for v in run) for run in runs)
-    runs, kind = [v.item() if hasattr(v, "item") else v for v in values], type(claim.value)
-    if claim.numeric:
-        return tuple(_finite(claim, v) for v in runs)
-    if wrong := [v for v in runs if not isinstance(v, kind)]:
-        raise ValueError(f"claim {claim.id} ({claim.text!r}) takes a {kind.__name__}, not {wrong[0]!r}")
-    return tuple(runs)
+        values = [tuple(run) for run in values]
+    wanted = type(claim.value).__name__ if not claim.numeric else "finite number (None: nothing was measured)"
+    for value in values:
+        numbers = value if isinstance(value, tuple) else (value,)
+        words = isinstance(claim.value, (bool, str))
+        if not (isinstance(value, type(claim.value)) if words else all(map(is_number, numbers))):
+            raise ValueError(f"claim {claim.id} ({claim.text!r}) takes a {wanted}, not {value!r}")
+    return tuple(values)
 
 
 def _compare(claim, mean, margin):
@@ -163,12 +143,11 @@ def mac_limit(tokens, name="S3/baseline"):
 def settle(claim, values, *, as_published, why="", differences=()):
     """The `Verdict` of measured `values`, one a seed, on a claim (or the id of one).
 
-    `values` are in the claim's unit (see `Claim.in_unit`): numbers, lists of tokens, words such as "O(n)", or
-    booleans for a statement; one alone may stand without its list. None or nothing at all: what can be said
-    without, else pending. `as_published` says that everything the figure depends on (model, input size, data; for
-    an accuracy also the epochs) is as the project published it; `why` says what is not. Structural claims are judged
-    either way, so their values must come from the published model, whatever size was trained. `differences`: see
-    the function of that name. Raises ValueError for values that are not finite or not of the claim's type.
+    `values`: a list, in the claim's unit (see `Claim.in_unit`), of numbers, lists of tokens, words such as "O(n)", or
+    booleans for a statement; one number or word alone will do; None or []: what can be said without, else pending.
+    `as_published`: everything the figure depends on (model, input size, data; for an accuracy also the epochs) is as
+    published, else `why` says what is not. Structural claims are judged either way, so their values must come from
+    the published model. `differences`: see the function of that name. ValueError for values of another type.
     """
     claim = get(claim) if isinstance(claim, str) else claim
     values, found, p = _measured(claim, values), {}, None
@@ -207,10 +186,9 @@ def settled(files):
     found = []
     for content, note in files:
         for row in content.get("verdicts", ()):
-            old = {k: _frozen(row.get(k, ())) for k in ("values", "differences")}
             why = "; ".join(w for w in (row.get("why", row.get("reason", "")), note) if w)
-            found.append(settle(row["claim"], old["values"], as_published=row["as_published"], why=why,
-                                differences=old["differences"]))  # fmt: skip
+            found.append(settle(row["claim"], row["values"], as_published=row["as_published"], why=why,
+                                differences=row.get("differences", ())))  # fmt: skip
     known = {verdict.claim for verdict in found}
     return controlled([*found, *(settle(c, None, as_published=False) for c in load() if c.id not in known)])
 
