@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vitlab.models.factorized import gridded, probsparse, ungridded
 from vitlab.study.complexity import metered
-from vitlab.study.plots import WIDTH, pictures
+from vitlab.study.plots import WIDTH, faded, pictures
 
 TABLE, FUSED, THINNED = "every pair, as a table", "every pair, fused (SDPA)", "thinned keys"
 PROBSPARSE, PUBLISHED = "ProbSparse", "thinned keys + ProbSparse as published"
@@ -74,15 +74,10 @@ def costs(sides, *, width=64, heads=1, seconds=0.1, device="cpu", **options):
     return rows
 
 
-def tint(image, there, strength=0.82):
-    """uint8 C H W with the cells of a grid that are not `there` (bool, side x side) faded to white, as floats C H W.
-
-    An image of fewer pixels than the grid has cells is enlarged, so that no cell is lost.
-    """
+def tint(image, there):
+    """uint8 C H W `faded` where cells of a grid (bool, side x side) are gone; enlarged if it has fewer pixels."""
     scale = -(-4 * there.shape[-1] // image.shape[-1])
-    image = image.float().repeat_interleave(scale, 1).repeat_interleave(scale, 2) / 255
-    gone = 1 - F.interpolate(there[None, None].float(), image.shape[-2:], mode="nearest")[0]
-    return image * (1 - strength * gone) + strength * gone
+    return faded(image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[None], there[None])[0]
 
 
 def main_direction(grid):

@@ -78,6 +78,12 @@ def pictures(images, rows, titles=(), *, columns=10, size=0.75):
     return figure
 
 
+def faded(images, there):
+    """uint8 N C H W with the cells of a grid that are not `there` (N rows columns, bool) nearly white."""
+    mask, images = F.interpolate(there[:, None].float(), images.shape[-2:]).bool(), images.cpu()
+    return torch.where(mask, images, (images.float() * 0.12 + 255 * 0.88).to(torch.uint8))
+
+
 def patches(image, patch):
     """One uint8 image C H W beside the patches a ViT cuts it into, in the order it reads them."""
     cut = image.cpu().unfold(1, patch, patch).unfold(2, patch, patch)  # C rows columns patch patch

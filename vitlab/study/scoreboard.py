@@ -77,7 +77,7 @@ def labelled(frame):
     """`frame` with the columns of SHOWN in their units, rounded, under the names that a reader knows."""
     shown = {c: COLUMNS[c] for c in SHOWN if c in frame}
     frame = frame.assign(**{c: (frame[c].astype(float) * of.scale).round(of.digits) for c, of in shown.items()})
-    return frame.rename(columns={c: f"{of.label} ({of.unit})".replace(" ()", "") for c, of in shown.items()})
+    return frame.rename(columns={c: plots.axis(c) for c in shown})
 
 
 def front(frame, cost, quality="accuracy_top1", lower=True):

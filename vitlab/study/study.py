@@ -75,25 +75,19 @@ class Study:
         """results/ or figures/ of this notebook and preset."""
         return self.root / kind / self.preset / self.notebook
 
-    # ------------------------------------------------------------------------------------------- data
-
-    def data(self, name, *, optional=False, **options):
+    def data(self, name, *, optional=False):
         """The data set `name` on the study's device (see `vitlab.data.datasets.load`), loaded once.
 
         optional: a data set that cannot be had is None, and the log says so, instead of an error.
         """
-        key = digest([name, options])
-        if key not in self._data:
+        if name not in self._data:
             try:
-                self._data[key] = datasets.load(name, device=self.device, **options)
+                self._data[name] = datasets.load(name, device=self.device)
             except datasets.DatasetMissing as error:
                 if not optional:
                     raise
                 self.log(f"not run for want of data: {error}")
-                return None
-        return self._data[key]
-
-    # ------------------------------------------------------------------------------------------- arms
+        return self._data.get(name)
 
     def arm(self, spec, data, seed=0, *, start=None, objective=cross_entropy, on_epoch=(), name=None):
         """The trained `Arm` of a `zoo.Spec` on `data`: loaded if it was trained before, else trained now.
@@ -146,8 +140,6 @@ class Study:
         self.log(f"{name}, seed {seed}: {how} ({history.seconds:,.0f} s on {about.get('device', 'another machine')})")
         return Arm(name, seed, key, checkpoint.load(path, self.device), history, spec)
 
-    # ------------------------------------------------------------------------------------------- rows
-
     def row(self, arm, data, *, seconds=2.0, batch=256, **extra):
         """Measure `arm` on the test split of `data`, write its row to results/ and return it.
 
@@ -181,8 +173,6 @@ class Study:
         return accuracy(arm.model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes,
                         dtype=arm.spec.recipe.torch_dtype(self.device))  # fmt: skip
 
-    # -------------------------------------------------------------------------------- figures and claims
-
     def save(self, figure, name):
         """Write a figure to figures/<preset>/<notebook>/<name>.png and .pdf, and return it for display."""
         return plots.save(figure, self.folder("figures") / name)
@@ -198,7 +188,7 @@ class Study:
         say(text)
 
     def settle(self, claim, values, **options):
-        """Settle a claim as `verdicts.settle` does; it is kept for `claims_table` and written to results/."""
+        """`verdicts.settle`; what it says is kept for `claims_table` and written to results/."""
         verdict = verdicts.settle(claim, values, **options)
         self.verdicts[verdict.claim] = verdict
         self._write("verdicts", [dataclasses.asdict(v) for v in self.verdicts.values()])
@@ -208,8 +198,7 @@ class Study:
         """Settle the selected claims by what the rows (a DataFrame) answer, as `answers` finds it."""
         for claim in selected:
             values, as_published, why = answers(claim, rows)
-            self.settle(claim, values, as_published=as_published, why=why,
-                        differences=differences(claim, rows))  # fmt: skip
+            self.settle(claim, values, as_published=as_published, why=why, differences=differences(claim, rows))
 
     def _write(self, what, rows):
         write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
@@ -220,8 +209,8 @@ class Study:
 
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
-        pending = (verdicts.Verdict(claim=claim.id, status="pending") for claim in selected)
-        return verdicts.summary([self.verdicts.get(verdict.claim, verdict) for verdict in pending])
+        settled = {claim: self.verdicts.get(claim.id) for claim in selected}
+        return verdicts.summary(v or verdicts.Verdict(claim=c.id, status="pending") for c, v in settled.items())
 
 
 def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epoch=()):

@@ -72,10 +72,10 @@ def test_pictures_of_kept_and_merged_patches():
     images[..., :2, :] = 200
     there = token_plots.present(torch.tensor([[0, 3, -1]]), 4)
     assert there.tolist() == [[True, False, False, True]]
-    faded = token_plots.faded(images, there, (2, 2))
+    faded = token_plots.faded(images, there.view(1, 2, 2))
     assert (faded[..., :2, :2] == 200).all() and (faded[..., 2:, :2] > 200).all() and (faded[..., 2:, 2:] == 0).all()
-    owner = torch.tensor([[0, 1, 0, 1]])  # each column of patches is one token
-    assert (token_plots.mosaic(images, owner, (2, 2)) == 100).all()
+    owner = torch.tensor([[[0, 1], [0, 1]]])  # each column of patches is one token
+    assert (token_plots.mosaic(images, owner) == 100).all()
 
 
 @pytest.mark.parametrize("action", ["drop", "fuse", "merge"])

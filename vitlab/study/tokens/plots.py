@@ -5,9 +5,10 @@ import textwrap
 import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
+import torch.nn.functional as F
 
 from vitlab.compress.tokens.merge import MERGES
-from vitlab.study.plots import WIDTH, colours
+from vitlab.study.plots import WIDTH, colours, faded
 from vitlab.study.tokens.comparison import DROPS
 
 
@@ -39,16 +40,12 @@ def views(images, model, seen):
     """
     found, grid = [("image", images.cpu())], model.adapter.grid
     for block, (kept, owner) in enumerate(zip(seen["kept"], seen["owners"]), 1):
-        merges = model.token_config.action in MERGES
-        view = mosaic(images, owner.cpu(), grid) if merges else faded(images, present(kept, owner.shape[1]), grid)
+        if model.token_config.action in MERGES:
+            view = mosaic(images, owner.cpu().unflatten(1, grid))
+        else:
+            view = faded(images, present(kept, owner.shape[1]).unflatten(1, grid))
         found.append((f"block {block}\n{model.tokens[block - 1]} left", view))
     return found
-
-
-def _pixels(images, grid):
-    """The patch number of each pixel, H W."""
-    row, column = (torch.arange(side) * cells // side for side, cells in zip(images.shape[-2:], grid))
-    return row[:, None] * grid[1] + column
 
 
 def present(kept, patches):
@@ -58,16 +55,10 @@ def present(kept, patches):
     return there.scatter_(1, kept.cpu() % (patches + 1), True)[:, :-1]
 
 
-def faded(images, there, grid):
-    """uint8 N C H W with the patches that are not `there` (N n) nearly white."""
-    mask, images = there[:, _pixels(images, grid)][:, None], images.cpu()  # N 1 H W
-    return torch.where(mask, images, (images.float() * 0.12 + 255 * 0.88).to(torch.uint8))
-
-
-def mosaic(images, owner, grid):
-    """uint8 N C H W, each pixel in the mean colour of the token (N n) that its patch belongs to."""
-    pixel, images = _pixels(images, grid), images.cpu().float()
-    token = owner[:, pixel].flatten(1)[:, None].expand(-1, images.shape[1], -1)  # N C HW
+def mosaic(images, owner):
+    """uint8 N C H W, each pixel in the mean colour of the token (N rows columns) that its patch belongs to."""
+    images = images.cpu().float()
+    token = F.interpolate(owner[:, None].float(), images.shape[-2:]).long().expand_as(images).flatten(2)  # N C HW
     flat, count = images.flatten(2), int(owner.max()) + 1
     sums = torch.zeros(len(images), images.shape[1], count).scatter_add_(2, token, flat)
     sizes = torch.zeros_like(sums).scatter_add_(2, token, torch.ones_like(flat))
