@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
-from vitlab.metrics.meters import compare, energy_per_image, latency, peak_memory, training_step
+from vitlab.metrics.meters import compare, latency, peak_memory, training_step
+from vitlab.metrics.power import energy_per_image
 from vitlab.metrics.predict import input_size, logits
 from vitlab.utils.checks import is_number
 from vitlab.utils.device import device_name, device_of, example
