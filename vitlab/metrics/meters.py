@@ -91,9 +91,8 @@ def training_step(model, images, inputs=False):
     return step
 
 
-def latency(function, example=None, *, device=None, dtype=None, warmup=5, seconds=1.0, min_runs=10):
+def latency(function, example=None, **options):
     """Time of one call of a function or model on `example`, as a Timing; arguments as in `compare`."""
-    options = {"device": device, "dtype": dtype, "warmup": warmup, "seconds": seconds, "min_runs": min_runs}
     return compare({"": function}, example, **options)[""]
 
 
