@@ -5,8 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -62,26 +62,22 @@ def folder_plan(path, size=None):
     items, classes = {}, None
     for part, folder in parts.items():
         items[part], names = listing(folder)
-        if classes is not None and names != classes:
+        if names != (classes or names):
             odd = sorted(set(names) ^ set(classes))
             raise ValueError(f"folder:{path}: {folder.name} and train have different classes: {', '.join(odd[:10])}")
         classes = names
-    facts = [[f"{part}/{n}", *_facts(parts[part] / n)] for part in items for n, _ in items[part]]
+    stats = {f"{part}/{n}": (parts[part] / n).stat() for part in items for n, _ in items[part]}
+    stamp = digest([[[name, s.st_size, s.st_mtime_ns] for name, s in stats.items()], classes, size])
     stem = f"folder-{re.sub(r'[^A-Za-z0-9_-]+', '-', path.name)}-{digest(str(path.resolve()), 8)}-{size}"
 
     def read(on_error):
         joined = {part: [(str(parts[part] / n), k) for n, k in items[part]] for part in items}
         splits, skipped = decode(lambda name: Path(name).read_bytes(), joined, size, on_error, path.name)
         for part, (_, labels) in splits.items():
-            demand_all(zip(labels, labels.tolist()), classes, f"{parts[part]} (after skipping broken images)")
+            demand_all(labels.tolist(), classes, f"{parts[part]} (after skipping broken images)")
         return Source(splits, tuple(classes), skipped)
 
-    return Plan(stem, digest([facts, classes, size]), read)
-
-
-def _facts(path):
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return Plan(stem, stamp, read)
 
 
 def listing(folder):
@@ -97,13 +93,13 @@ def listing(folder):
         for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
             names = (os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS))
             items += [(n, label) for n in names if not re.search(r"(^|[\\/])\.", n)]
-    demand_all(items, classes, f"{folder} (images end in {' '.join(KINDS)})")
+    demand_all([k for _, k in items], classes, f"{folder} (images end in {' '.join(KINDS)})")
     return items, classes
 
 
-def demand_all(items, classes, where):
+def demand_all(labels, classes, where):
     """ValueError naming the classes without an image."""
-    missing = sorted(set(range(len(classes))) - {k for _, k in items})
+    missing = sorted(set(range(len(classes))).difference(labels))
     if missing:
         raise ValueError(f"{where}: no images in class {', '.join(str(classes[k]) for k in missing[:10])}")
 
@@ -113,42 +109,35 @@ def decode(read, items, size, on_error, title):
 
     A file that is no whole image ends it with a ValueError that names it, or is left out (on_error="skip").
     """
-    count = sum(map(len, items.values()))
-    said = count > 2000
-    if said:
+    count, splits = sum(map(len, items.values())), {}
+    if said := count > 2000:
         print(f"{title}: reading {count:,} images (once; then from the cache)", flush=True)
-    bar = tqdm(total=count, unit="img", disable=not (said and sys.stderr.isatty()), leave=False)
-    splits, skipped = {}, 0
-    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+
+    def work(item):
+        try:
+            return picture(read(item[0]), size)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many kinds for broken files
+            if on_error == "skip":
+                return None
+            why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(
+                f"{title}: {item[0]} cannot be read as an image: {why} "
+                f"(on_error='skip', or --skip-broken, leaves such files out)"
+            ) from error
+
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
         for part, named in items.items():
-            images, bad = np.empty((len(named), 3, size, size), np.uint8), {}
-
-            def work(start, named=named, images=images, bad=bad):
-                for i in range(start, min(start + 64, len(named))):
-                    if bad and on_error == "raise":
-                        return
-                    try:
-                        images[i] = picture(read(named[i][0]), size)
-                    except MemoryError:
-                        raise
-                    except Exception as error:  # Pillow raises many kinds for broken files
-                        bad[i] = error
-                    bar.update()
-
-            for _ in pool.map(work, range(0, len(named), 64)):
-                pass
-            if bad and on_error == "raise":
-                i = min(bad)
-                why = "of no known kind" if isinstance(bad[i], UnidentifiedImageError) else bad[i]
-                raise ValueError(
-                    f"{title}: {named[i][0]} cannot be read as an image: {why} "
-                    f"(on_error='skip', or --skip-broken, leaves such files out)"
-                ) from bad[i]
-            keep = [i for i in range(len(named)) if i not in bad]
-            labels = torch.tensor([named[i][1] for i in keep], dtype=torch.int64)
-            splits[part] = torch.from_numpy(images[keep] if bad else images), labels
-            skipped += len(bad)
-    if skipped:
+            images, labels = np.empty((len(named), 3, size, size), np.uint8), []
+            silent = not (said and sys.stderr.isatty())
+            found = tqdm(pool.imap(work, named, 64), total=len(named), unit="img", disable=silent, leave=False)
+            for image, (_, label) in zip(found, named):
+                if image is not None:
+                    images[len(labels)] = image
+                    labels.append(label)
+            splits[part] = torch.from_numpy(images[: len(labels)]), torch.tensor(labels, dtype=torch.int64)
+    if skipped := count - sum(len(labels) for _, labels in splits.values()):
         print(f"{title}: {skipped:,} of {count:,} images could not be read and were skipped", flush=True)
     return splits, skipped
 

@@ -115,11 +115,9 @@ def _from_torchvision(name, root, npz):
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    try:
-        sets = [kind(root, train=train) for train in (True, False)]
-    except RuntimeError:  # not there, or its checksums are wrong
-        fetch = lambda: [kind(root, train=train, download=True) for train in (True, False)]  # noqa: E731
-        sets = _downloaded(name, fetch, kind.url, (npz, root / kind.base_folder, root / kind.filename))
+    # which downloads only what is not there, or is there with other checksums
+    fetch = lambda: [kind(root, train=train, download=True) for train in (True, False)]  # noqa: E731
+    sets = _downloaded(name, fetch, kind.url, (npz, root / kind.base_folder, root / kind.filename))
     return {part: (found.data, np.asarray(found.targets)) for part, found in zip(("train", "test"), sets)}
 
 
@@ -161,7 +159,7 @@ def tiny_imagenet(path, on_error="raise"):
         found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in names)
         items = {"train": [(m[0], number[m[1]]) for m in found if m and m[1] in number], "test": marks}
         for part in items:
-            demand_all(items[part], ids, f"{path}, {part}")
+            demand_all([k for _, k in items[part]], ids, f"{path}, {part}")
         splits, skipped = decode(read, items, NATIVE["tiny-imagenet"], on_error, "tiny-imagenet")
     first = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
     classes = tuple(w if first.count(w) == 1 else f"{w} ({wnid})" for w, wnid in zip(first, ids))
