@@ -1,8 +1,5 @@
 """Specs, reproducibility, normalising and mixing."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +7,8 @@ from augment_cases import FULL, difference, pictures, seeded
 from torchvision.transforms.v2 import functional as TF
 
 from vitlab.data.augment import Augment, beta, draw_mix, mix, normalize
-from vitlab.data.geometry import Crop, Flip, ResizedCrop
-from vitlab.data.randaugment import RandAugment
+from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop
+from vitlab.data.randaugment import RandAugment, TrivialAugment
 
 
 def test_augment_is_reproducible_and_leaves_its_input_alone():
@@ -43,37 +40,38 @@ def test_the_global_generator_is_not_touched():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_spec_round_trips_and_is_hashable():
-    augment = Augment(FULL)
-    assert str(augment) == FULL and Augment(str(augment)) == augment and hash(Augment(FULL)) == hash(augment)
-    assert augment.operations[:3] == [Crop(4), Flip(), RandAugment(2, 9)]
-    assert Augment("rrc(0.5, high=1)").operations == [ResizedCrop(0.5, 1)]
-    assert Augment("erase(scale=(0.1,0.2))").operations[0].scale == (0.1, 0.2)
-    assert Augment("crop+erase", mean=[0.1, 0.2, 0.3]).operations[1].mean == (0.1, 0.2, 0.3)
-    assert pickle.loads(pickle.dumps(augment)) == copy.deepcopy(augment) == augment
+def test_a_spec_is_read_into_operations():
+    operations = Augment(FULL).operations
+    assert operations[:3] == [Crop(4), Flip(), RandAugment(2, 9)] and len(operations) == 8
+    assert Augment(" rrc(0.5, 1) + trivial() ").operations == [ResizedCrop(0.5, 1), TrivialAugment()]
+    assert Augment("crop+erase", mean=[0.1, 0.2, 0.3]).operations[1] == Erase(0.5, (0.1, 0.2, 0.3))
     images = pictures(4)
-    assert Augment("")(images, seeded()) is images and Augment(" ")(images, seeded()) is images
+    assert Augment("")(images, seeded()) is Augment(" ")(images, seeded()) is images
 
 
 @pytest.mark.parametrize(
     "spec,named",
     [
         ("crop(4)+blur(3)", "'blur(3)'"),
-        ("crop(4)-flip", "'crop(4) - flip'"),
-        ("crop(4)+", "'crop(4)+'"),
+        ("crop(4)-flip", "'crop(4)-flip'"),
+        ("crop(4)+", "unknown augmentation ''"),
         ("__import__('os').system('true')", "__import__"),
         ("crop(print(1))", "crop(print(1))"),
-        ("crop(1,2,3,4)", "crop(1, 2, 3, 4)"),
+        ("crop(1,2,3,4)", "crop(1,2,3,4)"),
         ("crop(pad=4)", "crop(pad=4)"),
-        ("crop(-1)", "padding >= 0"),
-        ("flip(1.5)", "1.5"),
+        ("crop(-1)", "padding must be a whole number of 0..1000, not -1"),
+        ("crop(1.5)", "not 1.5"),
+        ("erase(1.5)", "p must be a number of 0..1, not 1.5"),
+        ("crop(4", "'crop(4'"),
+        ("crop(4]", "'crop(4]'"),
+        ("crop(4],[5)", "crop(4],[5)"),
         ("rotate(-3)", "-3"),
-        ("randaugment(2,31)", "m=31"),
+        ("randaugment(2,31)", "m must be a whole number of 0..30, not 31"),
         ("jitter(0.4,0.4,-0.6)", "-0.6"),
         ("jitter(hue=0.1)", "hue"),
-        ("erase(0.25,(0.5,0.1))", "(0.5, 0.1)"),
+        ("rotate('a')", "'a'"),
         ("erase(value='random')", "value"),
-        ("rrc(1.0,0.08)", "(1.0, 0.08)"),
+        ("rrc(0.08,1.5)", "high must be"),
         (("crop",), "('crop',)"),
     ],
 )
@@ -82,7 +80,7 @@ def test_bad_specs_are_named(spec, named):
         Augment(spec)
     assert named in str(error.value)
     if isinstance(spec, str):
-        assert "crop(padding=4)" in str(error.value) and "trivial()" in str(error.value)
+        assert "crop(padding)" in str(error.value) and "trivial()" in str(error.value)
 
 
 def test_bad_batches_are_named():
@@ -110,9 +108,6 @@ def test_normalize_is_torchvisions(size):
         assert torch.allclose(normalize(source, mean, std, size=size), expected, atol=1e-5)
         assert torch.equal(source, before)
     assert torch.equal(normalize(images, (0.5,), (0.2,)), normalize(images, (0.5,) * 3, (0.2,) * 3))
-    for wrong in [((0.5,), std), ((0.5, 0.5), std), (mean, (0.2, 0.2, 0.0))]:
-        with pytest.raises(ValueError, match="mean"):
-            normalize(images, *wrong)
 
 
 def test_smoothing_gives_torchs_loss():

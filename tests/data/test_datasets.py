@@ -56,7 +56,7 @@ def test_batches_on_cuda_do_not_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert Counter(torch.cat(seen).tolist()) == dict.fromkeys(range(10), 200)
-    with pytest.raises(ValueError, match="generator"):
+    with pytest.raises(RuntimeError, match="generator"):
         batches(tiny.train, 8, generator=torch.Generator())
 
 

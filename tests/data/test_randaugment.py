@@ -6,15 +6,7 @@ from augment_cases import REFERENCE, SIZES, difference, pictures, seeded
 from torchvision.transforms import autoaugment
 
 from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop, Rotate
-from vitlab.data.randaugment import (
-    BINS,
-    OPERATIONS,
-    Jitter,
-    RandAugment,
-    TrivialAugment,
-    apply_operations,
-    magnitudes,
-)
+from vitlab.data.randaugment import BINS, OPERATIONS, Jitter, RandAugment, Rounds, TrivialAugment, magnitudes
 
 NAMES = tuple(OPERATIONS)
 
@@ -38,10 +30,10 @@ def every_magnitude(name, size):
 def test_each_operation_is_torchvisions(name, size):
     magnitude = every_magnitude(name, size)
     images = pictures(len(magnitude), size)
-    operation = torch.full((len(images),), NAMES.index(name))
+    operation = torch.full((1, len(images)), NAMES.index(name))
     expected = torch.stack([REFERENCE[name](x, float(m)) for x, m in zip(images, magnitude)])
     for grouped in (True, False):
-        found = apply_operations(images, operation, magnitude, grouped=grouped)
+        found = Rounds().apply(images, operation, magnitude[None], grouped=grouped)
         off = difference(found, expected)
         same = (off == 0).float().mean()
         assert same == 1 if name in EXACT else same >= 0.998, (grouped, same)

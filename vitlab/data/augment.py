@@ -6,7 +6,7 @@ model takes; `mix` mixes them (mixup, cutmix) and gives soft targets.
 
 import ast
 import dataclasses
-from dataclasses import dataclass, field
+import re
 
 import torch
 import torch.nn.functional as F
@@ -26,71 +26,41 @@ OPERATIONS = {
 }
 
 
-def _allowed():
-    arguments = lambda kind: ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))  # noqa: E731
-    return ", ".join(f"{name}({arguments(kind)})" for name, kind in OPERATIONS.items())
-
-
 def parse(spec):
     """The operations of a spec such as "crop(4)+flip", as a list; ValueError names what is wrong."""
     if not isinstance(spec, str):
         raise ValueError(f"an augmentation is a text such as 'crop(4)+flip', not {spec!r}")
-    if not spec.strip():
-        return []
-    try:
-        node = ast.parse(spec.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"augmentation {spec!r} is not a sum of calls; allowed: {_allowed()}") from error
-    parts = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        parts.append(node.right)
-        node = node.left
-    return [_operation(part) for part in (node, *reversed(parts))]
+    return [_operation(part.strip()) for part in spec.split("+")] if spec.strip() else []
 
 
-def _operation(node):
+def _operation(text):
     """One operation from `name` or `name(arguments)`; the arguments are literals."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    text = ast.unparse(node)
-    if not isinstance(call.func, ast.Name) or call.func.id not in OPERATIONS:
-        raise ValueError(f"unknown augmentation {text!r}; allowed: {_allowed()}")
+    found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    kinds = {name: [f.name for f in dataclasses.fields(kind) if f.repr] for name, kind in OPERATIONS.items()}
+    allowed = "+".join(f"{name}({', '.join(fields)})" for name, fields in kinds.items())
+    if not found or found[1] not in OPERATIONS:
+        raise ValueError(f"unknown augmentation {text!r}; allowed: {allowed}")
     try:
-        positional = map(ast.literal_eval, call.args)
-        return OPERATIONS[call.func.id](*positional, **{k.arg: ast.literal_eval(k.value) for k in call.keywords})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"augmentation {text!r}: {error}; allowed: {_allowed()}") from error
+        return OPERATIONS[found[1]](*ast.literal_eval(f"[{found[2] or ''}]"))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"augmentation {text!r}: {error}; allowed: {allowed}") from error
 
 
-@dataclass(frozen=True)
 class Augment:
     """A sequence of random operations, from a spec: operations joined by "+", applied from left to right.
 
-    crop(padding), flip(p), rrc(low, high, ratio), rotate(degrees), jitter(brightness, contrast, saturation),
-    randaugment(n, m), trivial, erase(p, scale, ratio); "" changes nothing. `str()` gives the spec back.
-
-    mean: the data's mean colour in [0, 1], one number a channel, which `erase` fills with.
-
-    Calling it on uint8 B C H W images with a generator on their device gives such images.
+    crop(padding), flip, rrc(low, high), rotate(degrees), jitter(brightness, contrast, saturation), randaugment(n, m),
+    trivial, erase(p); "" changes nothing. mean: the data's mean colour in [0, 1], one number a channel, which
+    `erase` fills with. Calling it on uint8 B C H W images with a generator on their device gives such images.
     """
 
-    spec: str = ""
-    mean: tuple = Erase.mean
-    operations: list = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "operations", parse(self.spec))
-        for place, one in enumerate(self.operations):
-            if isinstance(one, Erase):
-                self.operations[place] = dataclasses.replace(one, mean=tuple(self.mean))
-
-    def __str__(self):
-        return self.spec
+    def __init__(self, spec="", mean=(0.5,)):
+        filled = lambda one: dataclasses.replace(one, mean=tuple(mean)) if isinstance(one, Erase) else one  # noqa: E731
+        self.operations = [filled(one) for one in parse(spec)]
 
     def __call__(self, images, generator):
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ValueError(f"a batch of images is uint8 B C H W, not {images.dtype} {tuple(images.shape)}")
-        if generator.device.type != images.device.type:
-            raise ValueError(f"a generator on {generator.device} cannot draw for images on {images.device}")
         for operation in self.operations:
             images = operation.apply(images, *operation.draw(images, generator))
         return images
@@ -100,12 +70,8 @@ def normalize(images, mean, std, size=None):
     """(pixels - mean) / std as float32 B C H W, optionally resized on the images' device.
 
     images: B C H W, uint8, or float in [0, 1]; mean, std: numbers, one a channel (or one for all), of pixels
-    in [0, 1]; size: pixels a side, bilinear, antialiased only where it shrinks. ValueError on other numbers of
-    channels or std <= 0.
+    in [0, 1]; size: pixels a side, bilinear, antialiased only where it shrinks.
     """
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    if len(mean) != len(std) or len(std) not in (1, images.shape[1]) or min(std) <= 0:
-        raise ValueError(f"mean {mean} and std {std} (above 0) do not suit {images.shape[1]} channels")
     largest = 1.0 if images.is_floating_point() else 255.0
     scale = constant(tuple(1 / (largest * s) for s in std), images.device)
     shift = constant(tuple(-m / s for m, s in zip(mean, std)), images.device)

@@ -100,15 +100,13 @@ class Dataset:
 def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error="raise"):
     """Load a data set as uint8 tensors on `device`.
 
-    name      "cifar10", "cifar100", "tiny-imagenet", "tiny" (3,000 images of CIFAR-10, bundled) or
-              "folder:PATH": PATH/{train,val,test}/CLASS/image or PATH/CLASS/image, any sizes and kinds of
-              image. The official validation images of Tiny ImageNet are the `test` here, since its own test
-              set has no labels.
+    name      "cifar10", "cifar100", "tiny-imagenet" (whose official validation images are the `test` here, since its
+              own have no labels), "tiny" (3,000 images of CIFAR-10, bundled) or "folder:PATH":
+              PATH/{train,val,test}/CLASS/image or PATH/CLASS/image, any sizes and kinds of image.
     root      folder with the data and their cache (root/cache); default $VITLAB_DATA, else ~/.cache/vitlab.
-    val       size of the validation split that is cut out of the training set, class by class in proportion,
-              drawn from `seed`; 0 leaves `val` empty. It is not applied where the data come with their own, as
-              "tiny" and folders with a val folder do. In a folder's images a count above a fifth of the training
-              set means a tenth of it.
+    val       size of the validation split that is cut out of the training set, class by class in proportion, drawn
+              from `seed`, unless the data come with their own, as "tiny" does; 0 leaves `val` empty. In a folder's
+              images a count above a fifth of the training set means a tenth of it.
     size      height and width in pixels of a folder's images (short side to it, then the centre); default 64.
     on_error  "raise" stops at a broken image and names it; "skip" leaves it out and counts it in `.skipped`.
 
@@ -134,13 +132,10 @@ def batches(split, batch_size, *, generator=None, drop_last=False):
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
-    device = split.images.device
     if generator is None:
         found = zip(split.images.split(batch_size), split.labels.split(batch_size))
-    elif generator.device.type != device.type:
-        raise ValueError(f"the generator is on {generator.device}, the images on {device}: make it on theirs")
     else:
-        order = torch.randperm(len(split), generator=generator, device=device).split(batch_size)
+        order = torch.randperm(len(split), generator=generator, device=split.images.device).split(batch_size)
         found = ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in order)
     return itertools.islice(found, len(split) // batch_size if drop_last else math.ceil(len(split) / batch_size))
 

@@ -1,28 +1,34 @@
 """Random crops, flips, rotations and erasing of whole batches: one draw an image, on any device.
 
-Each class draws its parameters for the batch first (`draw`) and applies them second (`apply`), so that they
-can be looked at and tested; neither waits for the host on a GPU. The rules of the draws are torchvision's.
-Images are uint8 B C H W.
+The rules of the draws are torchvision's. Images are uint8 B C H W.
 """
 
+import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 
-def check_number(value, name, most=math.inf):
-    """ValueError unless `value` is a finite number of 0..most."""
-    if not (isinstance(value, (int, float)) and 0 <= value <= most and value < math.inf):
-        raise ValueError(f"{name} must be a number of 0..{most}, not {value!r}")
+def limited(default, most=1000):
+    """A field of an `Operation` that takes numbers of 0..most; whole ones where it is an int."""
+    return field(default=default, metadata={"most": most})
 
 
-def _check_range(value, name):
-    numbers = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
-    if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-        raise ValueError(f"{name} must be two numbers above 0, the smaller first, not {value!r}")
+class Operation:
+    """What draws its parameters for a batch first (`draw`) and applies them second (`apply`), to be looked at between.
+
+    Neither waits for the host on a GPU. ValueError for fields out of their limits.
+    """
+
+    def __post_init__(self):
+        for known in (f for f in dataclasses.fields(self) if "most" in f.metadata):
+            value, most = getattr(self, known.name), known.metadata["most"]
+            if not isinstance(value, (int, known.type)) or not 0 <= value <= most:
+                kind = "whole number" if known.type is int else "number"
+                raise ValueError(f"{known.name} must be a {kind} of 0..{most}, not {value!r}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -35,17 +41,19 @@ def _uniform(generator, device, *shape, low=0.0, high=1.0):
     return torch.rand(*shape, generator=generator, device=device, dtype=torch.float64) * (high - low) + low
 
 
-def _box(generator, device, count, height, width, scale, ratio, tries=10):
-    """Heights and widths, int64 count x tries, by torchvision's rule for boxes; those of a try may exceed the image."""
-    area = _uniform(generator, device, count, tries, low=scale[0], high=scale[1]) * (height * width)
-    aspect = _uniform(generator, device, count, tries, low=math.log(ratio[0]), high=math.log(ratio[1])).exp()
-    return (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+def _box(images, generator, scale, ratio, most):
+    """(sides int64 B, other sides int64 B, bool B whether they fit) of a box an image, by torchvision's rule.
 
-
-def _first(fits, values, otherwise):
-    """The value of the first try that fits (count x tries), else `otherwise`."""
-    chosen = values.gather(1, fits.long().argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(fits.any(1), chosen, otherwise)
+    The first of ten with a share within `scale` of the area and sides of a ratio within `ratio` that are no longer
+    than `most`, a pair.
+    """
+    tries = images.device, len(images), 10
+    area = _uniform(generator, *tries, low=scale[0], high=scale[1]) * math.prod(images.shape[2:])
+    aspect = _uniform(generator, *tries, low=math.log(ratio[0]), high=math.log(ratio[1])).exp()
+    sides, others = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (sides > 0) & (sides <= most[0]) & (others > 0) & (others <= most[1])
+    first = fits.long().argmax(1, keepdim=True)
+    return sides.gather(1, first).squeeze(1), others.gather(1, first).squeeze(1), fits.any(1)
 
 
 def _place(generator, room):
@@ -66,44 +74,32 @@ def _within(start, length, size):
 
 
 @dataclass(frozen=True)
-class Crop:
+class Crop(Operation):
     """Pad every side by `padding` reflected pixels and cut out the image's size at random."""
 
-    padding: int = 4
-
-    def __post_init__(self):
-        if not (isinstance(self.padding, int) and self.padding >= 0):
-            raise ValueError(f"crop takes a padding >= 0, not {self}")
+    padding: int = limited(4)
 
     def draw(self, images, generator):
         """(top, left) in the padded image, int64 2 x B."""
         return torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator, device=images.device)
 
     def apply(self, images, top, left):
-        count, channels, height, width = images.shape
+        height, width = images.shape[2:]
         if self.padding >= min(height, width):
             raise ValueError(f"crop({self.padding}): the padding must be below the size, {height}x{width}")
         # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
         source = images if images.is_cpu else images.float()
         padded = F.pad(source, (self.padding,) * 4, mode="reflect").to(images.dtype)
-        # every row of the result is one run of memory: its place in the padded batch, B C H
-        row = torch.arange(count * channels, device=images.device).view(count, channels, 1) * padded.shape[2]
-        row = row + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
-        start = row * padded.shape[3] + left.view(-1, 1, 1)
-        return padded.reshape(-1).unfold(0, width, 1).index_select(0, start.flatten()).view(images.shape)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # B C top left H W
+        return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 @dataclass(frozen=True)
-class Flip:
-    """Mirror left and right with probability `p`."""
-
-    p: float = 0.5
-
-    def __post_init__(self):
-        check_number(self.p, "flip's probability", 1)
+class Flip(Operation):
+    """Mirror left and right with probability 1/2."""
 
     def draw(self, images, generator):
-        return (_uniform(generator, images.device, len(images)) < self.p,)
+        return (_uniform(generator, images.device, len(images)) < 0.5,)
 
     def apply(self, images, flipped):
         # choosing whole images from both versions copies memory in long runs, unlike a mask
@@ -117,8 +113,8 @@ def affine(images, xx=1.0, xy=0.0, x=0.0, yx=0.0, yy=1.0, y=0.0):
     images: B C H W; the input's x is xx * x + xy * y + x of the output's, its y likewise, each a number or float64 B.
     """
     height, width = images.shape[2:]
-    across, down = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (width, height))
-    down, across = torch.meshgrid(down, across, indexing="ij")
+    centred = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
+    down, across = torch.meshgrid(*centred, indexing="ij")
     base = torch.stack((across, down, torch.ones_like(down)), -1).view(1, -1, 3)
     none = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     theta = torch.stack([none + v for v in (xx, yx, xy, yy, x, y)], 1).float().view(-1, 3, 2)
@@ -128,55 +124,38 @@ def affine(images, xx=1.0, xy=0.0, x=0.0, yx=0.0, yy=1.0, y=0.0):
     return moved.to(images.dtype)
 
 
-def rotate(images, degrees):
-    """Rotate each image about its centre by its own angle. images B C H W; degrees B, counter-clockwise."""
-    cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
-    return affine(images, xx=cos, xy=-sin, yx=sin, yy=cos)
-
-
 @dataclass(frozen=True)
-class Rotate:
-    """Rotate by an angle within -+ `degrees` about the centre, nearest neighbour, black outside."""
+class Rotate(Operation):
+    """Rotate counter-clockwise by an angle within -+ `degrees` about the centre, nearest neighbour, black outside."""
 
-    degrees: float = 15.0
-
-    def __post_init__(self):
-        check_number(self.degrees, "rotate's degrees", 360)
+    degrees: float = limited(15.0, 360)
 
     def draw(self, images, generator):
         return (_uniform(generator, images.device, len(images), low=-self.degrees, high=self.degrees),)
 
     def apply(self, images, degrees):
-        return rotate(images, degrees)
+        cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+        return affine(images, xx=cos, xy=-sin, yx=sin, yy=cos)
 
 
 @dataclass(frozen=True)
-class Erase:
-    """With probability `p` fill a box of `scale` of the area and aspect `ratio` (arXiv:1708.04896) with `mean`.
+class Erase(Operation):
+    """With probability `p` fill a box of 2-33 % of the area and aspect 0.3-3.3 (arXiv:1708.04896) with `mean`.
 
     torchvision erases after normalising, where its 0 is the data's mean colour; here erasing comes before:
     `Augment(spec, mean=...)` sets that colour, one number a channel in [0, 1].
     """
 
-    p: float = 0.5
-    scale: tuple = (0.02, 0.33)
-    ratio: tuple = (0.3, 3.3)
-    mean: tuple = (0.5,)
-
-    def __post_init__(self):
-        check_number(self.p, "erase's probability", 1)
-        _check_range(self.scale, "erase scale")
-        _check_range(self.ratio, "erase ratio")
+    p: float = limited(0.5, 1)
+    mean: tuple = field(default=(0.5,), repr=False)  # not of the spec
 
     def draw(self, images, generator):
         """(top, left, height, width), int64 B, the last two 0 where nothing is erased."""
-        count, _, height, width = images.shape
-        device, none = images.device, torch.zeros(count, dtype=torch.long, device=images.device)
-        tall, wide = _box(generator, device, count, height, width, self.scale, self.ratio)
-        fits = (tall < height) & (wide < width)
-        tall, wide = _first(fits, tall, none), _first(fits, wide, none)
+        height, width = images.shape[2:]
+        tall, wide, fits = _box(images, generator, (0.02, 0.33), (0.3, 3.3), (height - 1, width - 1))
+        tall, wide = tall * fits, wide * fits
         top, left = _place(generator, height - tall), _place(generator, width - wide)
-        erased = _uniform(generator, device, count) < self.p
+        erased = _uniform(generator, images.device, len(images)) < self.p
         return top, left, tall * erased, wide * erased
 
     def apply(self, images, top, left, tall, wide):
@@ -185,35 +164,21 @@ class Erase:
 
 
 @dataclass(frozen=True)
-class ResizedCrop:
-    """Cut a box of `low`..`high` of the area and aspect `ratio` (width / height), and resize it to the image's size.
+class ResizedCrop(Operation):
+    """Cut a box of `low`..`high` of the area and aspect 3/4-4/3, and resize it to the image's size.
 
-    torchvision's RandomResizedCrop: bilinear with antialiasing.
+    torchvision's RandomResizedCrop for square images: bilinear with antialiasing.
     """
 
-    low: float = 0.08
-    high: float = 1.0
-    ratio: tuple = (3 / 4, 4 / 3)
-
-    def __post_init__(self):
-        _check_range((self.low, self.high), "rrc scale")
-        _check_range(self.ratio, "rrc ratio")
+    low: float = limited(0.08, 1)
+    high: float = limited(1.0, 1)
 
     def draw(self, images, generator):
         """(top, left, height, width), int64 B."""
-        count, _, height, width = images.shape
-        scale = self.low, self.high
-        wide, tall = _box(generator, images.device, count, height, width, scale, self.ratio)
-        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-        # where no try fits: as much of the middle as the ratio allows
-        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
-        middle = torch.ones_like(wide[:, 0])
-        tall = _first(fits, tall, middle * min(height, round(width / shape)))
-        wide = _first(fits, wide, middle * min(width, round(height * shape)))
-        room_y, room_x = height - tall, width - wide
-        top, left = _place(generator, room_y), _place(generator, room_x)
-        found = fits.any(1)
-        return torch.where(found, top, room_y // 2), torch.where(found, left, room_x // 2), tall, wide
+        height, width = images.shape[2:]
+        wide, tall, fits = _box(images, generator, (self.low, self.high), (3 / 4, 4 / 3), (width, height))
+        tall, wide = torch.where(fits, tall, height), torch.where(fits, wide, width)
+        return _place(generator, height - tall), _place(generator, width - wide), tall, wide
 
     def apply(self, images, top, left, tall, wide):
         down = _resampling(top, tall, images.shape[2]).unsqueeze(1)  # B 1 H H

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vitlab.data.geometry import affine, check_number, rotate
+from vitlab.data.geometry import Operation, Rotate, affine, limited
 
 BINS = 31
 
@@ -20,29 +20,15 @@ def _each(values):
     return values.float().view(-1, 1, 1, 1)
 
 
-def _grey(pixels):
-    """Luma of float B 3 H W in 0..255, whole levels, B 1 H W."""
-    red, green, blue = pixels.unbind(1)
+def _grey(images):
+    """Luma in whole levels, float B 1 H W."""
+    red, green, blue = images.float().unbind(1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
 
 
-def _blend(pixels, other, magnitude):
-    """Move float images away from `other`: the further, the larger the magnitude; at -1 they are `other`."""
-    return (pixels * _each(1 + magnitude) + other * _each(-magnitude)).clamp_(0, 255).to(torch.uint8)
-
-
-def _brighten(images, magnitude):
-    return _blend(images.float(), 0, magnitude)
-
-
-def _saturate(images, magnitude):
-    pixels = images.float()
-    return _blend(pixels, _grey(pixels), magnitude)
-
-
-def _contrast(images, magnitude):
-    pixels = images.float()
-    return _blend(pixels, _grey(pixels).mean((2, 3), keepdim=True), magnitude)
+def _blend(images, other, magnitude):
+    """Move images away from `other`, the further the larger the magnitude; at -1 they are `other`."""
+    return (images * _each(1 + magnitude) + other * _each(-magnitude)).clamp_(0, 255).to(torch.uint8)
 
 
 def _sharpen(images, magnitude):
@@ -56,65 +42,30 @@ def _sharpen(images, magnitude):
     return pixels.clamp_(0, 255).to(torch.uint8)
 
 
-def _posterize(images, bits):
-    step = torch.exp2(8 - _each(bits).clamp(0, 8))
-    return ((images / step).floor_() * step).to(torch.uint8)
+def _torchvision():
+    from torchvision.transforms.v2 import functional  # takes seconds, and is seldom needed
+
+    return functional
 
 
-def _solarize(images, threshold):
-    return torch.where(images >= _each(threshold), 255 - images, images)
-
-
-def _autocontrast(images, _):
-    from torchvision.transforms.v2 import functional  # seconds to import, and seldom needed
-
-    return functional.autocontrast(images)
-
-
-def _equalize(images, _):
-    from torchvision.transforms.v2 import functional
-
-    return functional.equalize(images)
-
-
-# uint8 B 3 H W, magnitude float64 B in torchvision's units (shear: tangent; translation: pixels; Rotate: degrees;
-# Brightness to Sharpness: factor - 1; Posterize: bits; Solarize: threshold); its order, and its centre of shearing
+# (uint8 B 3 H W, magnitude float64 B) -> images, in torchvision's order and units (shear: tangent, about the top left;
+# translation: pixels; Rotate: degrees; Brightness to Sharpness: factor - 1; Posterize: bits; Solarize: threshold)
 OPERATIONS = {
     "Identity": lambda images, _: images,
     "ShearX": lambda images, m: affine(images, xy=m, x=m * images.shape[2] / 2),
     "ShearY": lambda images, m: affine(images, yx=m, y=m * images.shape[3] / 2),
     "TranslateX": lambda images, m: affine(images, x=-m.trunc()),
     "TranslateY": lambda images, m: affine(images, y=-m.trunc()),
-    "Rotate": rotate,
-    "Brightness": _brighten,
-    "Color": _saturate,
-    "Contrast": _contrast,
+    "Rotate": Rotate().apply,
+    "Brightness": lambda images, m: _blend(images, 0, m),
+    "Color": lambda images, m: _blend(images, _grey(images), m),
+    "Contrast": lambda images, m: _blend(images, _grey(images).mean((2, 3), keepdim=True), m),
     "Sharpness": _sharpen,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "AutoContrast": _autocontrast,
-    "Equalize": _equalize,
+    "Posterize": lambda images, m: images & (256 - torch.exp2(8 - _each(m).clamp(0, 8))).to(torch.uint8),
+    "Solarize": lambda images, m: torch.where(images >= _each(m), 255 - images, images),
+    "AutoContrast": lambda images, _: _torchvision().autocontrast(images),
+    "Equalize": lambda images, _: _torchvision().equalize(images),
 }
-
-
-def apply_operations(images, operation, magnitude, names=tuple(OPERATIONS), grouped=None):
-    """Apply to each image its own operation.
-
-    images: uint8 B 3 H W; operation: int64 B, an index into names; magnitude: float64 B; grouped: which of the
-    two ways, by default the one that suits the device. ValueError on another number of channels.
-    """
-    if images.shape[1] != 3:
-        raise ValueError(f"colour operations need images of 3 channels, not {images.shape[1]}")
-    changed = images.clone()
-    for code, name in enumerate(names):
-        if images.is_cpu if grouped is None else grouped:
-            drawn = (operation == code).nonzero().flatten()
-            if len(drawn):
-                changed[drawn] = OPERATIONS[name](images[drawn], magnitude[drawn])
-        else:
-            drawn = (operation == code).view(-1, 1, 1, 1)
-            changed = torch.where(drawn, OPERATIONS[name](images, magnitude), changed)
-    return changed
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,14 +85,27 @@ def magnitudes(wide, height, width, device="cpu"):
     return torch.stack(list(ranges.values())).double().to(device), signed.to(device)
 
 
-class Rounds:
-    """What is drawn in rounds, one operation an image in each: (operation, magnitude), both rounds x B."""
+class Rounds(Operation):
+    """One operation an image in each of some rounds: (operation, magnitude), rounds x B each, are drawn.
+
+    operation: int64, an index into `names`; magnitude: float64. ValueError for images that have not 3 channels.
+    """
 
     names = tuple(OPERATIONS)
 
     def apply(self, images, operation, magnitude, grouped=None):
-        for drawn in zip(operation, magnitude):
-            images = apply_operations(images, *drawn, self.names, grouped)
+        """grouped: which of the two ways, by default the one that suits the device."""
+        if images.shape[1] != 3:
+            raise ValueError(f"colour operations need images of 3 channels, not {images.shape[1]}")
+        grouped = images.is_cpu if grouped is None else grouped
+        for codes, amounts in zip(operation, magnitude):
+            before, images = images, images.clone()
+            for code, name in enumerate(self.names):
+                drawn = codes == code
+                if not grouped:
+                    images = torch.where(drawn.view(-1, 1, 1, 1), OPERATIONS[name](before, amounts), images)
+                elif drawn.any():
+                    images[drawn] = OPERATIONS[name](before[drawn], amounts[drawn])
         return images
 
     def _draw(self, images, generator, bins, wide):
@@ -158,12 +122,8 @@ class Rounds:
 class RandAugment(Rounds):
     """`n` operations an image, drawn with replacement, all at bin `m` of 0..30 (arXiv:1909.13719)."""
 
-    n: int = 2
-    m: int = 9
-
-    def __post_init__(self):
-        if not (isinstance(self.n, int) and self.n >= 0 and isinstance(self.m, int) and 0 <= self.m < BINS):
-            raise ValueError(f"randaugment takes n >= 0 operations at a bin m of 0..{BINS - 1}, not {self}")
+    n: int = limited(2)
+    m: int = limited(9, BINS - 1)
 
     def draw(self, images, generator):
         bins = torch.full((self.n, len(images)), self.m, device=images.device)
@@ -183,15 +143,11 @@ class TrivialAugment(Rounds):
 class Jitter(Rounds):
     """torchvision's ColorJitter without hue: factors in 1 -+ these, not below 0, in an order drawn for each image."""
 
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
+    brightness: float = limited(0.0)
+    contrast: float = limited(0.0)
+    saturation: float = limited(0.0)
 
     names = ("Brightness", "Contrast", "Color")
-
-    def __post_init__(self):
-        for amount in (self.brightness, self.contrast, self.saturation):
-            check_number(amount, "jitter's amount")
 
     def draw(self, images, generator):
         options = {"generator": generator, "device": images.device, "dtype": torch.float64}
