@@ -25,22 +25,22 @@ class TrainingState:
     def __init__(self, path, recipe, run, hooks):
         self.path = Path(path) if path else None
         self.run, self.model, self.hooks = run, run.model, hooks
+        self.objective = run.objective if isinstance(run.objective, nn.Module) else None
         shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         # how a run is executed may change between its parts; what is computed may not
         self.identity = digest({"recipe": told_apart(recipe), "shapes": shapes})
         self.dtype = None
 
-    def modules(self):
-        """{prefix in the file: module}; a hook may give the run another `ema`."""
-        found = {"model": self.model, "ema": self.run.ema and self.run.ema.module, "objective": self.run.objective}
-        return {kind: module for kind, module in found.items() if isinstance(module, nn.Module)}
-
     def tensors(self):
-        groups = {kind: module.state_dict() for kind, module in self.modules().items()}
+        found = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.run.ema is not None:
+            found |= {f"ema.{k}": v for k, v in self.run.ema.module.state_dict().items()}
+        if self.objective is not None:
+            found |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
         for index, slots in self.run.optimizer.state_dict()["state"].items():
-            groups[f"optimizer.{index}"] = {k: v for k, v in slots.items() if torch.is_tensor(v)}
-        groups |= {"begun": self.run.begun, "rng": rng.state()}
-        return {f"{kind}.{k}": v for kind, group in groups.items() for k, v in group.items()}
+            found |= {f"optimizer.{index}.{k}": v for k, v in slots.items() if torch.is_tensor(v)}
+        found |= {f"begun.{k}": v for k, v in self.run.begun.items()}
+        return found | {f"rng.{k}": v for k, v in rng.state().items()}
 
     def save(self, history):
         if self.path is None:
@@ -63,30 +63,33 @@ class TrainingState:
             raise ValueError(
                 f"{self.path} belongs to another run (its model or recipe differ); give another path, or delete it"
             )
-        groups = _grouped(tensors)
+        groups = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            groups.setdefault(kind, {})[rest] = tensor
         for hook, stored in zip(self.hooks, json.loads(meta["hooks"])):
             if stored is not None:
                 hook.load_state_dict(stored)
             if hasattr(hook, "restore"):
                 self.run.reshaped(hook.restore(self.model))
-        for kind, module in self.modules().items():
-            module.load_state_dict(groups.get(kind, {}))
-        slots = {int(index): found for index, found in _grouped(groups.get("optimizer", {})).items()}
-        whole = self.run.optimizer.state_dict()
-        self.run.optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
+        self.model.load_state_dict(groups["model"])
+        if self.run.ema is not None:
+            self.run.ema.module.load_state_dict(groups["ema"])
+        if self.objective is not None:
+            self.objective.load_state_dict(groups.get("objective", {}))
+        self._load_optimizer(groups.get("optimizer", {}))
         self.run.begun = groups.get("begun", {})
         rng.restore(groups["rng"])
         self.dtype = meta.get("dtype") or None
         return json.loads(meta["history"])
 
-
-def _grouped(tensors):
-    """{"a.b": tensor} as {"a": {"b": tensor}}, by the first dot."""
-    found = {}
-    for name, tensor in tensors.items():
-        first, _, rest = name.partition(".")
-        found.setdefault(first, {})[rest] = tensor
-    return found
+    def _load_optimizer(self, tensors):
+        state = {}
+        for name, tensor in tensors.items():
+            index, _, slot = name.partition(".")
+            state.setdefault(int(index), {})[slot] = tensor
+        whole = self.run.optimizer.state_dict()
+        self.run.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 
 def carry_state(old, before, new, after, carry):
