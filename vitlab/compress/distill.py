@@ -31,9 +31,8 @@ class Distill(nn.Module):
     (two outputs in training) is taught by the labels on its first head and by the teacher on its second; any other has
     both on its only one. terms: `Features`, `AttentionMaps`, `Locality`, or other `Term`s.
 
-    The teacher is copied, kept in eval mode, without gradients, and is no part of this module's parameters, state or
-    modes; only the terms' projectors are, and `fit` trains those. It moves with `.to(...)`. Its images are resized to
-    what it takes.
+    The teacher is copied, kept in eval mode, and is no part of this module's parameters, state or modes; only the
+    projectors of terms are, and `fit` trains those. It moves with `.to(...)`. Its images are resized to what it takes.
     """
 
     def __init__(self, teacher, *, kind="soft", temperature=4.0, alpha=0.7, terms=()):
@@ -52,7 +51,7 @@ class Distill(nn.Module):
         return self._held[0]
 
     def describe(self):
-        """All that tells this objective from another, as plain data to make keys of."""
+        """All that tells this objective from another, as plain data."""
         return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha,
                 "teacher": fingerprint(self.teacher), "terms": [term.describe() for term in self.terms]}  # fmt: skip
 

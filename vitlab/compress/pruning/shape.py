@@ -93,29 +93,23 @@ def kept(config, masks):
         if not get(f"blocks.{i}.block", 1).all():
             continue
         live = get(f"blocks.{i}.heads", len(block.each_head))
-        channels = []
-        for kind, size in (("qk", block.qk), ("v", block.v)):
-            widths = [w[kind == "v"] for w in block.each_head]
-            mask = get(f"blocks.{i}.{kind}", size)
-            ids = torch.arange(size)
-            channels.append([j[m] for j, m in zip(ids.split(widths), mask.split(widths))] if widths else [])
-        heads = [(qk, v) for qk, v, on in zip(*channels, live) if on and len(v)]
+        left = {kind: get(f"blocks.{i}.{kind}", size) for kind, size in (("qk", block.qk), ("v", block.v))}
+        channels = [[(left[kind] & (head_index(block, kind) == h)).nonzero().flatten() for kind in left]
+                    for h in live.nonzero().flatten()]  # fmt: skip
+        heads = [(qk, v) for qk, v in channels if len(v)]
         heads.sort(key=lambda head: (-len(head[0]), -len(head[1])))
         blocks.append((i, heads, get(f"blocks.{i}.mlp", block.hidden).nonzero().flatten()))
     return blocks, get("embed", config.dim).nonzero().flatten()
 
 
-def narrow(config, masks, norm="all"):
-    """The config left under `masks`. norm "all" | "kept": the channels of LayerNorm's statistics."""
-    if norm not in ("all", "kept"):
-        raise ValueError(f"norm={norm!r}: choose 'all' (equal to the masked model) or 'kept' (plain LayerNorms)")
+def narrow(config, masks):
+    """The config left under `masks`; its LayerNorms count removed embedding channels as zeros."""
     left, embed = kept(config, masks)
     blocks = tuple(
         replace(config.shapes[i], heads=runs([(len(qk), len(v)) for qk, v in heads]), hidden=len(hidden))
         for i, heads, hidden in left
     )
-    dim, whole = len(embed), config.norm_dim or config.dim
-    if not dim:
+    if not len(embed):
         raise ValueError(f"embed: at least 1 embedding channel must be left of {config.dim}")
-    return replace(config, blocks=blocks, dim=dim, norm_dim=whole if norm == "all" else None,
-                   stem_dim=config.stem_width)  # fmt: skip
+    whole = config.norm_dim or config.dim
+    return replace(config, blocks=blocks, dim=len(embed), norm_dim=whole, stem_dim=config.stem_width)

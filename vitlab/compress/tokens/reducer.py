@@ -28,7 +28,7 @@ class Tokens:
 
 
 class Reducer:
-    """Runs the model of `parts` (an Adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
+    """Runs the model of `parts` (Adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
 
     def __init__(self, parts, config):
         self.parts, self.config = parts, config
@@ -81,12 +81,10 @@ class Reducer:
 
     def view(self, layer, state, query=None, key=None):
         """What the scores see of block `layer`."""
-        parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
+            block = self.parts.model.blocks[layer]
             query, key, _ = block.attn.split(block.norm1(state.x))
-        positions = None if state.positions is None else state.positions[:, parts.prefix :]
-        return View(query, key, parts.prefix, parts.read, self._bias(state), positions, state.score,
-                    config.ema, self.factors[layer], parts.grid, block.attn.scale)  # fmt: skip
+        return View(self, layer, state, query, key, self._bias(state))
 
     def _bias(self, state):
         """Proportional attention: a token that stands for s patches is attended s times (ToMe, eq. 1)."""
@@ -137,7 +135,7 @@ class Reducer:
             if owner is not None:
                 owner = torch.gather(plan.source(before) - prefix, 1, owner + prefix)
             if score is not None:
-                score = plan.patch_total(score, prefix)
+                score = plan.total(torch.cat([score.new_zeros(len(score), prefix), score], dim=1))[:, prefix:]
             state = Tokens(x, size, positions, owner, score)
         return state
 
@@ -153,7 +151,7 @@ class Reducer:
         patches, drops = hidden[:, prefix:], self.config.action == "drop"
         image = take(patches, owner.clamp_max(left - 1) if drops else owner)
         image = image * (owner < left)[..., None] if drops else image
-        image = image.unflatten(1, parts.grid).permute(0, 3, 1, 2)
+        image = image.unflatten(1, (parts.grid, -1)).permute(0, 3, 1, 2)
         out = block.mlp.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
         mixed = patches + self._gathered(out, state, left)
         return torch.cat([hidden[:, :prefix], mixed], dim=1) if prefix else mixed

@@ -6,7 +6,6 @@ from vitlab.utils.checks import is_number
 
 RULES = ("published", "exact")
 SCHEDULES = ("power", "constant")
-FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
 ROW_SCORES = ("cls", "cls-ema", "cls-normalised")
 
 
@@ -88,7 +87,7 @@ def macs(config, tokens):
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
         score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); none for "merge" and
                     "ward", nor where nothing is removed
-        matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
+        matching    P^2 / 4 a round of pairs, times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
     blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
@@ -112,8 +111,10 @@ def macs(config, tokens):
             drops = exact and tokens.action == "drop"
             total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
             total += _score(tokens, before, prefix, read, shape)
-            width = dim if tokens.likeness == "input" else shape.width
-            total += _matching(tokens.action, before, after, prefix) * width
+            if not tokens.scored:
+                pairs = bipartite_rounds(before - prefix, after - prefix)
+                width = dim if tokens.likeness == "input" else shape.width
+                total += width * sum(sources * others for sources, others, _ in pairs)
         before = after
     return total
 
@@ -124,14 +125,7 @@ def _block(dim, shape, layers, keys, queries, late, products):
 
 
 def _score(tokens, before, prefix, read, shape):
-    by_row = tokens.score in ROW_SCORES
-    if not tokens.scored or not (by_row or tokens.score in FULL_MAP_SCORES):
+    if not tokens.scored or tokens.score in ("random", "grid"):
         return 0
-    rows = read if by_row and read else before - prefix
+    rows = read if tokens.score in ROW_SCORES and read else before - prefix
     return rows * before * len(shape.each_head) * shape.width
-
-
-def _matching(action, before, after, prefix):
-    if action in ("merge", "edge", "ward"):
-        return sum(sources * others for sources, others, _ in bipartite_rounds(before - prefix, after - prefix))
-    return (before - after) * (after - prefix) if action == "nearest" else 0
