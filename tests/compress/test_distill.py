@@ -91,7 +91,7 @@ def test_objective_against_float64(kind, temperature, alpha, distilled):
 def test_timms_distillation_is_the_same_loss_and_gradient():
     task, held = pytest.importorskip("timm.task"), pytest.importorskip("timm.task.distillation")
     model, teacher, seen, found = student(), student(depth=2).eval(), batch(), []
-    model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # the teacher's, as timm has it
+    model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # its teacher's
     theirs = task.LogitDistillationTask(
         model, held.DistillationTeacher(copy.deepcopy(teacher), device="cpu"), criterion=nn.CrossEntropyLoss(),
         task_loss_weight=0.4, temperature=3.0, device="cpu", verbose=False,

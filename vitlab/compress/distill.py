@@ -129,8 +129,8 @@ class Term(nn.Module):
 class Features(Term):
     """Term: patch tokens of student blocks, projected, against those of teacher blocks (FitNets, Romero et al. 2015).
 
-    Both are ViTs with the same patch grid. dims: embedding channels (student, teacher); grid: patches along a side;
-    pairs: ((student block, teacher block), ...), from 0, negative from the end.
+    dims: embedding channels (student, teacher); grid: patches along a side of both; pairs: ((student block, teacher
+    block), ...).
     """
 
     name = "features"
@@ -158,9 +158,8 @@ class AttentionMaps(Term):
 
 
 class Locality(Term):
-    """Term: features of a small CNN guide the ViT's patch tokens (Li et al. 2022, "Locality guidance").
+    """Term: a CNN's feature maps, resized to the grid, guide the patch tokens (Li et al. 2022, "Locality guidance").
 
-    The student's patch tokens of a block are projected; the CNN's feature map, resized to their grid, is the goal.
     dim: the student's channels; grid: its patches along a side; channels: of the CNN's features used. pairs: ((student
     block, CNN stage), ...), as many as channels; by default the last stages, with blocks spread over `depth`.
     """
@@ -195,6 +194,6 @@ def _patches(seen, block, grid, who):
 
 def _frozen(teacher, intermediates):
     """A copy of the teacher in eval mode, without gradients; timm's as ours where terms look at its intermediates."""
-    teacher = eager(teacher)  # of what torch.compile wraps
+    teacher = eager(teacher)
     teacher = as_vit(teacher) if intermediates and not hasattr(teacher, "config") else teacher
     return copy.deepcopy(teacher).eval().requires_grad_(False)

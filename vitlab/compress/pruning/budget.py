@@ -41,7 +41,7 @@ def select(config, scores, *, ratio=None, macs=None, latency=None, meter=timed, 
         raise ValueError(f"scope={scope!r}: choose one of {', '.join(SCOPES)}")
     if multiple < 1:
         raise ValueError(f"multiple={multiple}: a number of at least 1 is needed")
-    known = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
+    known = sizes(config)
     for name, score in scores.items():
         if known.get(name) != len(score):
             raise ValueError(f"score {name!r} of {len(score)} units: the model has {known}")

@@ -49,14 +49,12 @@ class GatedViT(nn.Module):
         config, self.kinds = self.core.config, tuple(kinds)
         gates = sizes(config, kinds)
         self.gates = nn.ParameterDict({_key(k): nn.Parameter(torch.ones(n, device=device)) for k, n in gates.items()})
-        every = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
-        for name, size in every.items():
+        self.structures = sizes(config)
+        for name, size in self.structures.items():
             self.register_buffer(f"mask_{_key(name)}", torch.ones(size, device=device))
         for i, block in enumerate(config.shapes):
             self.register_buffer(f"head_of_{i}", head_index(block, "v").to(device), persistent=False)
-        self.structures = tuple(every)
-        if masks:
-            self.mask(masks)
+        self.mask(masks or {})
         self.train(model.training)
 
     @property

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from vitlab.compress.pruning.shape import narrow, prunable
+from vitlab.compress.pruning.shape import narrow, prunable, sizes
 
 
 def torch_pruning(model, macs, *, multiple=8, step=0.02):
@@ -47,20 +47,16 @@ def _chosen(full, ratio, multiple):
 
 def _masks(pruner, copied, config):
     names = {module: name for name, module in copied.named_modules()}
-    masks = {}
-    for i, block in enumerate(config.shapes):
-        masks |= {f"blocks.{i}.qk": torch.ones(block.qk, dtype=torch.bool),
-                  f"blocks.{i}.v": torch.ones(block.v, dtype=torch.bool),
-                  f"blocks.{i}.mlp": torch.ones(block.hidden, dtype=torch.bool)}  # fmt: skip
+    masks = {name: torch.ones(n, dtype=torch.bool) for name, n in sizes(config, ("qk", "v", "mlp")).items()}
     for group in pruner.step(interactive=True):
         for dependency, units in group:
             name, outputs = names.get(dependency.target.module, ""), "out" in dependency.handler.__name__
             if name.endswith("attn.qkv") and outputs:
-                gone = torch.zeros(dependency.target.module.out_features, dtype=torch.bool)
-                gone[units] = True
-                q, _, v = gone.chunk(3)
-                masks[name.replace("attn.qkv", "qk")] &= ~q
-                masks[name.replace("attn.qkv", "v")] &= ~v
+                left = torch.ones(dependency.target.module.out_features, dtype=torch.bool)
+                left[units] = False
+                q, _, v = left.chunk(3)
+                masks[name.replace("attn.qkv", "qk")] &= q
+                masks[name.replace("attn.qkv", "v")] &= v
             elif name.endswith("mlp.fc1") and outputs:
                 masks[name.replace("mlp.fc1", "mlp")][units] = False
         group.prune()

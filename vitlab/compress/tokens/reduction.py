@@ -164,7 +164,7 @@ class TokenViT(nn.Module):
         if not self.active:
             return self.plain(images, intermediates=True) if intermediates else self.plain(images)
         seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates else None
-        logits = self.reducer(images, seen)
+        logits = self.reducer.finish(self.reducer.start(images, intermediates), 0, seen)
         return (logits, seen) if intermediates else logits
 
     def macs(self):

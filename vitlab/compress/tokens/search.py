@@ -163,11 +163,10 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
 
 
 def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), seed=0):
-    """Optuna's search over (r_max, alpha), ranges, for high accuracy and low latency: the study.
+    """Optuna's search over (r_max, alpha), ranges, for high accuracy and low latency: the study (see `best`).
 
-    evaluate(TokenConfig) -> (accuracy, latency) on validation. storage: path of an SQLite file (several workers or
-    machines that share it work on one study); an existing study of that `name` goes on until `trials` are
-    complete in all. `best` gives the trade-off it found.
+    evaluate(TokenConfig) -> (accuracy, latency) on validation. storage: path of an SQLite file, which several workers
+    may share; an existing study of that `name` goes on until `trials` are complete in all.
     """
     import optuna
 
