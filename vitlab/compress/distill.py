@@ -102,8 +102,8 @@ def standardised(logits):
 class Term(nn.Module):
     """What compares a student's inside with a teacher's: the mean over `pairs` of (student's layer, teacher's layer).
 
-    weight: of the term in the loss. dims: (student's, teacher's channels) of each pair, where a linear projection of
-    the student's `grid` x `grid` patch tokens is compared; it starts the same whatever was drawn before.
+    weight: in the loss. dims: (student's, teacher's channels) of each pair, where a linear projection of the student's
+    `grid` x `grid` patch tokens is compared; it starts the same whatever was drawn before.
     """
 
     def __init__(self, pairs=((-1, -1),), weight=1.0, grid=0, dims=()):

@@ -15,15 +15,12 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     n: tokens that enter the first block, `prefix` of them never removed, nor is the last patch; the blocks in
     `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
-    "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
-        there are so many (fractions of a patch add up).
+    "constant": removes r_max * (n - prefix) patches, as ToMe does (Bolya et al. 2023; fractions of a patch add up).
 
     The rule says where a count acts; the numbers are the same for both:
-    "published": after the block, so block l still computes with the count of block l - 1 and the last
-        count saves nothing.
-    "exact": inside the block it is counted for, between attention and MLP (as in EViT and ToMe). The
-        attention of block l has the keys of count l - 1; its MLP (and, where tokens are dropped, its queries and
-        projection too) has count l. Nothing is removed after the last block's MLP.
+    "published": after the block, so block l still computes with the count of block l - 1.
+    "exact": inside the block, between attention and MLP (as in EViT and ToMe). The attention of block l has the keys of
+        count l - 1; its MLP (and, where tokens are dropped, its queries and projection too) has count l.
     """
     for name, value, allowed in (("rule", rule, RULES), ("schedule", kind, SCHEDULES)):
         if value not in allowed:
@@ -55,18 +52,13 @@ def check_counts(counts, n, layers, prefix):
         raise ValueError(f"counts has {len(counts)} entries; the model has {layers} blocks")
     for before, after in zip((n, *counts), counts):
         if not prefix < after <= before:
-            raise ValueError(
-                f"counts={list(counts)}: each must be at most the one before (the model has {n} tokens) and "
-                f"more than the {prefix} tokens that always stay"
-            )
+            raise ValueError(f"counts={list(counts)}: each must be at most the one before (the model has {n} tokens) "
+                             f"and more than the {prefix} tokens that always stay")  # fmt: skip
     return counts
 
 
 def bipartite_rounds(patches, left):
-    """[(sources, destinations, merged)] of the bipartite rounds that bring `patches` down to `left`.
-
-    One round can remove at most half of the tokens, so a steep step takes several.
-    """
+    """[(sources, destinations, merged)] of the rounds that bring `patches` down to `left`, each by half at most."""
     rounds = []
     while patches > left:
         sources = patches // 2

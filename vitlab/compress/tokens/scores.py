@@ -36,8 +36,7 @@ class View:
     def given(self):
         """Attention that what the head reads gives to each patch, a head: B heads P.
 
-        That is the CLS row (mean with the distillation row); a mean-pooled head reads every patch, so there
-        it is the mean over all rows, themselves excepted: the attention received.
+        That is the CLS row (mean with the distillation row), or for a mean-pooled head the attention received.
         """
         if not self.read:
             return self.received()
@@ -81,10 +80,7 @@ def random_factors(seed, layers):
 
 
 def _random(view):
-    """A fixed random order of the patches for each block and seed, by a random cubic over a prime field: the control.
-
-    It needs neither a buffer nor the device's generator, and a prediction does not depend on its batch-mates.
-    """
+    """A fixed random order of the patches for each block and seed, by a random cubic over a prime field: the control."""
     value = torch.full_like(view.positions, view.factors[0])
     for factor in view.factors[1:]:
         value = (value * (view.positions + 1) + factor) % PRIME

@@ -28,9 +28,8 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
     exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
     lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down to 1.
-    images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. Labels are
-    not needed. passes: over the images, at most. log: gets a line every few seconds, with the time left; None: silent.
-    config and options: as in `reduce_tokens`, without counts.
+    images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. passes: over
+    the images, at most. log: gets a line every few seconds; None: silent. options: as in `reduce_tokens`.
 
     BudgetImpossible, a ValueError, if the budget cannot be reached; ValueError for images that are not finite floats.
     """
