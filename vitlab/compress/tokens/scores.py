@@ -80,7 +80,7 @@ def random_factors(seed, layers):
 
 
 def _random(view):
-    """The control: a fixed random order of the patches for each block and seed, by a random cubic over a prime field."""
+    """The control: a fixed random order of the patches, a block and seed, by a random cubic over a prime field."""
     value = torch.full_like(view.positions, view.factors[0])
     for factor in view.factors[1:]:
         value = (value * (view.positions + 1) + factor) % PRIME
