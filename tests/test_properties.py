@@ -60,7 +60,7 @@ def test_a_schedule_falls_keeps_a_patch_and_falls_lower_with_a_larger_share(n, l
 @given(model=models(), action=st.sampled_from(ACTIONS), score=st.sampled_from(list(SCORES)), r_max=SHARES,
        alpha=st.floats(0.3, 3), rule=st.sampled_from(RULES), count=st.integers(1, 5))  # fmt: skip
 def test_every_patch_is_accounted_for_and_images_stay_apart(model, action, score, r_max, alpha, rule, count):
-    assume(not (action in ("fuse", "edge") and score in SIGNED))
+    assume(not (action == "fuse" and score in SIGNED))
     reduced = vitlab.reduce_tokens(model, r_max=r_max, alpha=alpha, action=action, score=score, rule=rule)
     images, patches = images_for(model, count), (model.config.image_size // 4) ** 2
     with torch.no_grad():
@@ -149,16 +149,13 @@ OPERATIONS = ["crop(1)", "crop(3)", "rrc", "flip", "trivial", "randaugment(2,9)"
 
 @FEW
 @given(names=st.lists(st.sampled_from(OPERATIONS), unique_by=lambda n: n[:4], max_size=4), count=st.integers(1, 9),
-       channels=st.sampled_from([1, 3]), height=st.integers(5, 24), width=st.integers(5, 24), seed=st.integers(0, 9),
-       real=st.booleans())  # fmt: skip
-def test_augmentation_keeps_shape_type_and_range_and_repeats_itself(names, count, channels, height, width, seed, real):
-    images = torch.randint(256, (count, channels, height, width), dtype=torch.uint8)
-    images = images.float() / 255 if real else images
-    given, augment = images.clone(), Augment("+".join(names), mean=(0.5,) * channels)
+       height=st.integers(5, 24), width=st.integers(5, 24), seed=st.integers(0, 9))  # fmt: skip
+def test_augmentation_keeps_shape_and_type_and_repeats_itself(names, count, height, width, seed):
+    images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
+    given, augment = images.clone(), Augment("+".join(names), mean=(0.5,) * 3)
     one, two = (augment(images, rng.generator(seed, "x")) for _ in range(2))
     assert torch.equal(one, two) and one.shape == images.shape and one.dtype == images.dtype
     assert torch.equal(given, images), "what it is given stays"
-    assert not real or (one.min() >= 0 and one.max() <= 1)
 
 
 @FEW
