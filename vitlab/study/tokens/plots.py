@@ -41,9 +41,9 @@ def views(images, model, seen):
     found, grid = [("image", images.cpu())], model.adapter.grid
     for block, (kept, owner) in enumerate(zip(seen["kept"], seen["owners"]), 1):
         if model.token_config.action in MERGES:
-            view = mosaic(images, owner.cpu().unflatten(1, grid))
+            view = mosaic(images, owner.cpu().unflatten(1, (grid, grid)))
         else:
-            view = faded(images, present(kept, owner.shape[1]).unflatten(1, grid))
+            view = faded(images, present(kept, owner.shape[1]).unflatten(1, (grid, grid)))
         found.append((f"block {block}\n{model.tokens[block - 1]} left", view))
     return found
 
