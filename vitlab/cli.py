@@ -122,7 +122,7 @@ def main(arguments=None):
     try:
         if unknown and options.command not in ("train", "apply"):
             raise ValueError(f"unknown options: {' '.join(unknown)} (--help lists the known ones)")
-        options.fields = fields(unknown)
+        options.fields, options.words = fields(unknown), sys.argv[1:] if arguments is None else arguments
         if getattr(options, "check_options", False):
             return 0
         needed = ("torch", "torchvision", "papermill", "nbconvert", "ipykernel", "yaml")
@@ -135,7 +135,7 @@ def main(arguments=None):
         from vitlab.run import commands
 
         return getattr(commands, options.command)(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_CODE
 

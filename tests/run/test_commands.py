@@ -8,7 +8,7 @@ from vitlab import cli
 from vitlab.models import checkpoint
 from vitlab.run import commands
 
-SMALL = ["--dataset", "tiny", "--epochs", "1", "--batch-size", "250", "--dim", "16", "--depth", "1", "--heads", "1",
+SMALL = ["--dataset", "tiny", "--epochs", "1", "--batch", "250", "--dim", "16", "--depth", "1", "--heads", "1",
          "--patch-size", "16", "--device", "cpu"]  # fmt: skip
 
 

@@ -3,9 +3,7 @@
 Every step keeps what it has done in a folder beside --out, so that the same command goes on where it was stopped.
 """
 
-import ast
 import copy
-import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -47,8 +45,8 @@ def checked(options):
         raise ValueError(f"{options.out} exists: give --out another name, or remove it")
     if options.reduce_tokens:
         token_options(options.reduce_tokens)
-    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
-    return Recipe(**{**FINE_TUNE, **choices.typed(Recipe, given), "epochs": options.fine_tune or 1})
+    given = choices.typed(Recipe, options.fields)
+    return Recipe(**{**FINE_TUNE, **given, "epochs": options.fine_tune or 1})
 
 
 def image_size(name, data):
@@ -89,24 +87,16 @@ def load_model(name, classes, device):
 
 def token_options(text):
     """"r_max=.6,action=ward" or "auto,action=ward" -> (whether counts are sought, TokenConfig's fields)."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    auto, known = "auto" in parts, [f.name for f in dataclasses.fields(TokenConfig)]
-    found = {}
-    for part in (p for p in parts if p != "auto"):
-        name, sign, value = part.partition("=")
-        if not sign or name not in known:
-            raise ValueError(f"--reduce-tokens {part!r}: 'auto' or NAME=VALUE is needed, of {', '.join(known)}")
-        try:
-            found[name] = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value, value))
-        except (ValueError, SyntaxError):
-            found[name] = value
-    if auto and {"counts", "r_max", "alpha", "schedule"} & set(found):
+    parts = [part.strip() for part in text.split(",")]
+    given = dict(part.partition("=")[::2] for part in parts if part != "auto")
+    if "auto" in parts and {"counts", "r_max", "alpha", "schedule"} & set(given):
         raise ValueError(f"--reduce-tokens {text}: 'auto' chooses how many tokens stay")
     try:
+        found = choices.typed(TokenConfig, given)
         TokenConfig(**found)
-    except TypeError as error:
-        raise ValueError(f"--reduce-tokens {text}: {error}") from error
-    return auto, found
+    except ValueError as error:
+        raise ValueError(f"--reduce-tokens {text}: 'auto' or NAME=VALUE is needed, and {error}") from error
+    return "auto" in parts, found
 
 
 class Work:

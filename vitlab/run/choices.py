@@ -1,9 +1,9 @@
 """What `vitlab train` was asked for, as a model's config and a recipe: any field of either is an option."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import types
 import typing
 
 from vitlab.models import checkpoint
@@ -63,18 +63,15 @@ def typed(cls, given):
         if name not in fields:
             near = difflib.get_close_matches(name, fields) or fields
             raise ValueError(f"unknown option {option}: {cls.__name__} has {', '.join(near)}")
-        several = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        kinds = [typing.get_origin(kind) or kind for kind in several]
-        if str in kinds:
-            found[name] = text
-            continue
-        try:
-            value = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            value = text
-        value = float(value) if type(value) is int and float in kinds else value
+        kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(hints[name]) or (hints[name],)]
+        value = text
+        if str not in kinds:
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(text, text))
         if tuple in kinds and isinstance(value, (list, dict)):
             value = tuple(value.items() if isinstance(value, dict) else value)
+        if type(value) is int and float in kinds:
+            value = float(value)
         if type(value) not in kinds:
             wanted = " or ".join(kind.__name__.replace("NoneType", "none") for kind in kinds)
             raise ValueError(f"{option} {text!r}: {wanted} is needed")

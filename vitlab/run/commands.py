@@ -18,7 +18,7 @@ from vitlab.run import choices, notebooks, runner, slurm
 from vitlab.run import report as pages
 from vitlab.study import plots
 from vitlab.train import parallel
-from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
+from vitlab.train.loop import BudgetSpent, Recipe, fit
 from vitlab.utils import files, rng, threads
 from vitlab.utils.device import hold_memory
 from vitlab.utils.provenance import provenance
@@ -37,15 +37,18 @@ def run(options):
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
-    if options.slurm is not None:
+    task = os.environ.get(slurm.TASK)
+    if options.slurm is not None and task is None:
         if not options.resume or options.jobs > 1:
             raise ValueError("--slurm goes with neither --fresh nor --jobs: every seed of every notebook is a task")
-        print(slurm.submit(project, jobs, options.slurm, options.budget, options.notebook_timeout))
+        print(slurm.submit(project, jobs, options.slurm, options.words))
         return 0
     print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout, options.jobs)
+        if task:
+            return runner.exit_code([runner.run_part(project, jobs, int(task), options.budget)])
+        outcomes = runner.run(project, jobs, options.resume, options.budget, options.jobs)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_CODE
@@ -85,27 +88,28 @@ def data(options):
 
 def train(options):
     """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
-    state = _fresh_or_resumed(options)
+    if options.resume:
+        _fresh_or_resumed(options)  # before anything is written
     with parallel.joined(_device(options.device)) as device, contextlib.ExitStack() as stack:
         if parallel.rank():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _train(options, state, device)
+        return _train(options, device, stack)
 
 
-def _train(options, state, device):
-    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
+def _train(options, device, stack):
     in_recipe = {f.name for f in dataclasses.fields(Recipe)}
-    recipe = choices.recipe({name: given.pop(name) for name in in_recipe & given.keys()})
-    make = choices.config(options, given)
+    recipe = choices.recipe({name: text for name, text in options.fields.items() if name in in_recipe})
+    make = choices.config(options, {name: text for name, text in options.fields.items() if name not in in_recipe})
     data = datasets.load(options.dataset, device=device, on_error=options.on_error)
-    config = make(data)
+    config, logs, first = make(data), _beside(options, ".logs"), parallel.rank() == 0
+    if first:  # another training on this file is named, and not waited for
+        stack.enter_context(files.locked(logs / "training.lock", stop=lambda: True))
+    state = _fresh_or_resumed(options)
     rng.seed_all(recipe.seed)
     model = config.build().to(device)
     print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
-    logs = options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
-    first = parallel.rank() == 0
     if first and not options.resume:
         _graph(config.build(), logs)
     try:
@@ -113,14 +117,11 @@ def _train(options, state, device):
     except BudgetSpent as stop:
         print(f"{stop}; --resume goes on")
         return BUDGET_CODE
-    except NotFinite as error:
-        raise ValueError(str(error)) from error
     if first:
         about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
         checkpoint.save(model, options.checkpoint, about | provenance(device))
         state.unlink(missing_ok=True)
-    epochs = f"{len(history)} epoch{'s' * (len(history) > 1)}"
-    print(f"{options.checkpoint}: {epochs} in {history.seconds:,.0f} s; TensorBoard: {logs}")
+    print(f"{options.checkpoint}: trained in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
 
 
@@ -135,8 +136,6 @@ def apply(options):
     except (KeyboardInterrupt, BudgetSpent) as stop:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return BUDGET_CODE if isinstance(stop, BudgetSpent) else INTERRUPTED_CODE
-    except NotFinite as error:
-        raise ValueError(str(error)) from error
     return 0
 
 
@@ -213,9 +212,13 @@ def _shape(config):
     return config.in_chans, config.image_size, config.image_size
 
 
+def _beside(options, ending):
+    return options.checkpoint.with_name(options.checkpoint.name + ending)
+
+
 def _fresh_or_resumed(options):
     """The path of the training state; errors where --resume does not fit what is there."""
-    state = options.checkpoint.with_name(options.checkpoint.name + STATE)
+    state = _beside(options, STATE)
     if options.resume and not state.exists():
         raise ValueError(f"--resume: {state} does not exist: no run was stopped there, or it is finished")
     for path in () if options.resume else (state, options.checkpoint):

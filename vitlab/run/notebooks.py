@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from vitlab.run import stamps
 from vitlab.run.execution import papermill_run
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
@@ -181,11 +179,3 @@ def marks(path):
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         return dict(nbformat.read(path, as_version=4).metadata["vitlab"])
     return {}
-
-
-def stamp(project, preset, notebook, parameters):
-    """The stamp that a run of `notebook` would get: code, parameters, and the rows of others where it reads them."""
-    files = sorted(project.root.glob(f"results/{preset}/*/*.json")) if notebook.reads else ()
-    rows = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in files if p.parent.name != notebook.stem}  # fmt: skip
-    return stamps.stamp(notebook.code, parameters, rows)
