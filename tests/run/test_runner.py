@@ -43,7 +43,7 @@ f"{{os.getcwd()}}/figures/tiny/x.png"
             ],
         },
         reads={"03_sums": ["*"]},
-        tiny={"common": {"rate": 1}, "01_good": {"epochs": 7}},
+        tiny={"01_good": {"rate": 1, "epochs": 7}},
     )
     statuses, outcomes, jobs = go(project)
     assert statuses == {"01_good": "done", "02_bad": "failed", "03_sums": "done"}

@@ -31,15 +31,15 @@ def config(options, given):
     cls = checkpoint.config_class(kind)
     if "num_classes" in given:
         raise ValueError(f"--num-classes {given['num_classes']}: the data decide on that")
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     given = typed(cls, given) | ({"name": name} if name else {})
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(needed - given.keys() - {"num_classes"}):
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := sorted(set(needed) - {*given, "num_classes"}):
         raise ValueError(f"--model {options.model} needs {', '.join(missing)}, too; "
                          "a model around another one is made by pruning or shortening it")  # fmt: skip
     if kind == "vit":
         published = zoo.get("S4/baseline").config
-        given = {f.name: getattr(published, f.name) for f in dataclasses.fields(cls)} | {"mlp_dim": None} | given
+        given = {name: getattr(published, name) for name in fields} | {"mlp_dim": None} | given
     for option, (name, owners) in ATTENTION_OPTIONS.items():
         if (value := getattr(options, option)) is not None:
             if (attention := given["attention"] if kind == "vit" else kind) not in owners:
@@ -48,7 +48,7 @@ def config(options, given):
             given["attention_args"] += ((name, value),)
 
     def make(data):
-        size = {"image_size": data.image_size} if "image_size" in known else {}
+        size = {"image_size": data.image_size} if "image_size" in fields else {}
         return cls(**{**size, **given, "num_classes": data.num_classes})
 
     return make

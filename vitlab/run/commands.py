@@ -41,7 +41,7 @@ def run(options):
     if options.slurm is not None and task is None:
         if not options.resume or options.jobs > 1:
             raise ValueError("--slurm goes with neither --fresh nor --jobs: every seed of every notebook is a task")
-        print(slurm.submit(project, jobs, options.slurm, options.words))
+        print(slurm.submit(project, jobs, options.slurm, [*options.words, f"--preset={preset}"]))
         return 0
     print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -151,9 +151,10 @@ def evaluate(options):
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; give the name of a folder")
     device = _device(options.device)
-    model, data = _model_and_data(options, device)
-    if data is None:
+    name = options.dataset or checkpoint.read(options.checkpoint).about.get("dataset")
+    if not name:
         raise ValueError(f"{options.checkpoint} does not tell what it was trained on: give --dataset")
+    model, data = _model_and_data(options, device, name)
     score = stick.accuracy(model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes)
     matplotlib.use("Agg")
     plots.theme()
@@ -185,7 +186,7 @@ def measure(options):
         classes = {"num_classes": data.num_classes} if data else {}
         model = TimmConfig(name=options.timm, **classes).build().to(device)
     else:
-        model, data = _model_and_data(options, device, default=False)
+        model, data = _model_and_data(options, device, options.dataset)
     # a timm model's weights are random: an accuracy would only be chance
     row = stick.measure(model, None if options.timm else data, shape=_shape(model.config), batch=options.batch_size,
                         seconds=options.seconds)  # fmt: skip
@@ -232,22 +233,17 @@ def _graph(model, folder):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as writer, warnings.catch_warnings():
-        # the trace is only drawn, never run on other shapes
-        for kind in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", kind)
+        warnings.simplefilter("ignore")  # the trace is only drawn, never run on other shapes
         try:
             writer.add_graph(model.eval(), torch.zeros(1, *_shape(model.config)))
         except RuntimeError as problem:
             print(f"no model graph for TensorBoard: {str(problem).splitlines()[0]}")
 
 
-def _model_and_data(options, device, default=True):
-    """The checkpoint's model and the data set asked for; by default the one that it was trained on; else None."""
+def _model_and_data(options, device, name):
+    """The checkpoint's model and the data set of that name, if there is one."""
     model = checkpoint.load(options.checkpoint, device)
-    name = options.dataset or (checkpoint.read(options.checkpoint).about.get("dataset") if default else None)
-    if not name:
-        return model, None
-    data = datasets.load(name, device=device, on_error=options.on_error)
-    if model.config.num_classes != data.num_classes:
+    data = datasets.load(name, device=device, on_error=options.on_error) if name else None
+    if data and model.config.num_classes != data.num_classes:
         raise ValueError(f"{options.checkpoint} has {model.config.num_classes} classes, {name} has {data.num_classes}")
     return model, data

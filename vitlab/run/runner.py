@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: status, wall time in seconds, what to know."""
+    """What became of a job: its status, wall time in seconds, what to know."""
 
     stem: str
     status: str
@@ -131,10 +131,8 @@ def standing(project, job):
         return FAILED
     if not (marks := nb.marks(job.copy(project))):
         return "never run"
-    if stale := stamps.difference(marks.get("stamp"), job.stamp(project)):
-        return stale
     complete = len(job.rows(project)) >= marks.get("rows", 1)
-    return SKIPPED if complete else "rows are missing"
+    return stamps.difference(marks.get("stamp"), job.stamp(project)) or (SKIPPED if complete else "rows are missing")
 
 
 # ----------------------------------------------------------------------------------------------- run
@@ -283,12 +281,12 @@ def summary(project, jobs, outcomes):
     for job, outcome in zip(jobs, outcomes):
         copy = job.copy(project, outcome.status == FAILED)
         found = [str(copy.relative_to(project.root))] if copy.exists() else []
-        for what, pattern in (("figures", "*.png"), ("results", "*.json")):
-            folder = f"{what}/{job.preset}/{outcome.stem}/"
-            if count := len(list(project.root.glob(folder + pattern))):
-                found.append(f"{folder} ({count})")
-        note = f" [{outcome.note}]" if outcome.note else ""
-        lines.append((outcome.stem, outcome.status, clock(outcome.wall_s), ", ".join(found) + note))
+        for folder, ending in (("figures", "png"), ("results", "json")):
+            place = f"{folder}/{job.preset}/{outcome.stem}/"
+            if files := list(project.root.glob(f"{place}*.{ending}")):
+                found.append(f"{place} ({len(files)})")
+        found += [f"[{outcome.note}]"] if outcome.note else []
+        lines.append((outcome.stem, outcome.status, clock(outcome.wall_s), ", ".join(found)))
     return columns(lines)
 
 
