@@ -5,7 +5,6 @@ import dataclasses
 import os
 import signal
 import sys
-import warnings
 
 import matplotlib
 import torch
@@ -110,8 +109,6 @@ def _train(options, device, stack):
     print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
-    if first and not options.resume:
-        _graph(config.build(), logs)
     try:
         history = fit(model, data, recipe, checkpoint=state, tensorboard=logs, name=options.model)
     except BudgetSpent as stop:
@@ -188,7 +185,8 @@ def measure(options):
     else:
         model, data = _model_and_data(options, device, options.dataset)
     # a timm model's weights are random: an accuracy would only be chance
-    row = stick.measure(model, None if options.timm else data, shape=_shape(model.config), batch=options.batch_size,
+    shape = model.config.in_chans, model.config.image_size, model.config.image_size
+    row = stick.measure(model, None if options.timm else data, shape=shape, batch=options.batch_size,
                         seconds=options.seconds)  # fmt: skip
     row = {"model": options.timm or options.checkpoint.name, "dataset": data and data.name} | row
     for column, form in stick.COLUMNS.items():
@@ -209,10 +207,6 @@ def _device(name):
     return torch.device("cuda" if name != "cpu" and has else "cpu")
 
 
-def _shape(config):
-    return config.in_chans, config.image_size, config.image_size
-
-
 def _beside(options, ending):
     return options.checkpoint.with_name(options.checkpoint.name + ending)
 
@@ -226,18 +220,6 @@ def _fresh_or_resumed(options):
         if path.exists():
             raise ValueError(f"{path} exists: remove it, name another --checkpoint, or go on with --resume")
     return state
-
-
-def _graph(model, folder):
-    """Write the model's graph for TensorBoard; a model that cannot be traced costs its graph, not the run."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(folder) as writer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trace is only drawn, never run on other shapes
-        try:
-            writer.add_graph(model.eval(), torch.zeros(1, *_shape(model.config)))
-        except RuntimeError as problem:
-            print(f"no model graph for TensorBoard: {str(problem).splitlines()[0]}")
 
 
 def _model_and_data(options, device, name):
