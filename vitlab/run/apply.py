@@ -146,7 +146,7 @@ def compare(arms, costly, data, batches):
     rows = {}
     for name, model in arms.items():
         print(f"judging {name!r} on {len(data.test):,} test images", flush=True)
-        found, labels = logits(model, data.test, mean=data.mean, std=data.std)
+        found, labels = logits(model, data.test, mean=data.mean, std=data.std, batch_size=max(64, batches[-1]))
         rows[name] = {"right": (found.argmax(1) == labels).cpu(), "chance": labels.bincount().max() / len(labels)}
     models, first = {name: arms[name] for name in costly}, arms[BEFORE].config
     shape = first.in_chans, first.image_size, first.image_size
