@@ -135,7 +135,7 @@ def main(arguments=None):
         from vitlab.run import commands
 
         return getattr(commands, options.command)(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_CODE
 

@@ -17,7 +17,7 @@ from vitlab.run import choices, notebooks, runner, slurm
 from vitlab.run import report as pages
 from vitlab.study import plots
 from vitlab.train import parallel
-from vitlab.train.loop import BudgetSpent, Recipe, fit
+from vitlab.train.loop import BudgetSpent, NotFinite, Recipe, fit
 from vitlab.utils import files, rng, threads
 from vitlab.utils.device import hold_memory
 from vitlab.utils.provenance import provenance
@@ -114,6 +114,8 @@ def _train(options, device, stack):
     except BudgetSpent as stop:
         print(f"{stop}; --resume goes on")
         return BUDGET_CODE
+    except NotFinite as error:
+        raise ValueError(str(error)) from error
     if first:
         about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
         checkpoint.save(model, options.checkpoint, about | provenance(device))
@@ -133,6 +135,8 @@ def apply(options):
     except (KeyboardInterrupt, BudgetSpent) as stop:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return BUDGET_CODE if isinstance(stop, BudgetSpent) else INTERRUPTED_CODE
+    except NotFinite as error:
+        raise ValueError(str(error)) from error
     return 0
 
 

@@ -29,7 +29,7 @@ from vitlab.utils.device import autocast
 __all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
 
 
-class NotFinite(FloatingPointError):
+class NotFinite(RuntimeError):
     """The loss became NaN or infinite."""
 
 
