@@ -100,12 +100,12 @@ def _train(options, device, stack):
     recipe = choices.recipe({name: text for name, text in options.fields.items() if name in in_recipe})
     make = choices.config(options, {name: text for name, text in options.fields.items() if name not in in_recipe})
     data = datasets.load(options.dataset, device=device, on_error=options.on_error)
-    config, logs, first = make(data), _beside(options, ".logs"), parallel.rank() == 0
+    rng.seed_all(recipe.seed)
+    model = make(data).build().to(device)
+    logs, first = _beside(options, ".logs"), parallel.rank() == 0
     if first:  # another training on this file is named, and not waited for
         stack.enter_context(files.locked(logs / "training.lock", stop=lambda: True))
     state = _fresh_or_resumed(options)
-    rng.seed_all(recipe.seed)
-    model = config.build().to(device)
     print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
