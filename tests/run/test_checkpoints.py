@@ -45,7 +45,7 @@ def test_commands_take_every_kind_of_model(tmp_path):
 ], ids=lambda g: g[0])  # fmt: skip
 def test_train_takes_other_models(given, tmp_path):
     path = tmp_path / "model.safetensors"
-    recipe = ["--epochs", "1", "--batch-size", "250", "--optimizer", "sgd", "--lr", "1e-2", "--mixup", "0"]
+    recipe = ["--epochs", "1", "--batch", "250", "--optimizer", "sgd", "--lr", "1e-2", "--mixup", "0"]
     where = ["--dataset", "tiny", "--device", "cpu", "--checkpoint", str(path)]
     assert cli.main(["train", "--model", *given, *recipe, *where]) == 0
     stored = checkpoint.read(path)

@@ -3,9 +3,7 @@
 Every step keeps what it has done in a folder beside --out, so that the same command goes on where it was stopped.
 """
 
-import ast
 import copy
-import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -47,17 +45,16 @@ def checked(options):
         raise ValueError(f"{options.out} exists: give --out another name, or remove it")
     if options.reduce_tokens:
         token_options(options.reduce_tokens)
-    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
-    return Recipe(**{**FINE_TUNE, **choices.typed(Recipe, given), "epochs": options.fine_tune or 1})
+    given = choices.typed(Recipe, options.fields)
+    return Recipe(**{**FINE_TUNE, **given, "epochs": options.fine_tune or 1})
 
 
 def image_size(name, data):
     """Pixels that a folder's images are decoded at, as the model takes them; None for other data, which are resized."""
     if not data.startswith("folder:"):
         return None
-    timms = name.startswith("timm:")
-    config = TimmConfig(name=name[5:].partition(",")[0]) if timms else checkpoint.read(name).config
-    return config.image_size
+    kind, _, timms = name.partition(":")
+    return (TimmConfig(name=timms.split(",")[0]) if kind == "timm" else checkpoint.read(name).config).image_size
 
 
 def load_model(name, classes, device):
@@ -89,32 +86,24 @@ def load_model(name, classes, device):
 
 def token_options(text):
     """"r_max=.6,action=ward" or "auto,action=ward" -> (whether counts are sought, TokenConfig's fields)."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    auto, known = "auto" in parts, [f.name for f in dataclasses.fields(TokenConfig)]
-    found = {}
-    for part in (p for p in parts if p != "auto"):
-        name, sign, value = part.partition("=")
-        if not sign or name not in known:
-            raise ValueError(f"--reduce-tokens {part!r}: 'auto' or NAME=VALUE is needed, of {', '.join(known)}")
-        try:
-            found[name] = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value, value))
-        except (ValueError, SyntaxError):
-            found[name] = value
-    if auto and {"counts", "r_max", "alpha", "schedule"} & set(found):
+    parts = [part.strip() for part in text.split(",")]
+    given = dict(part.partition("=")[::2] for part in parts if part != "auto")
+    if "auto" in parts and {"counts", "r_max", "alpha", "schedule"} & set(given):
         raise ValueError(f"--reduce-tokens {text}: 'auto' chooses how many tokens stay")
     try:
+        found = choices.typed(TokenConfig, given)
         TokenConfig(**found)
-    except TypeError as error:
-        raise ValueError(f"--reduce-tokens {text}: {error}") from error
-    return auto, found
+    except ValueError as error:
+        raise ValueError(f"--reduce-tokens {text}: 'auto' or NAME=VALUE is needed, and {error}") from error
+    return "auto" in parts, found
 
 
 class Work:
     """What is done so far, in a folder of its own; a run with other options is not gone on with."""
 
     def __init__(self, out, options):
-        self.folder, note = Path(f"{out}.work"), Path(f"{out}.work") / "options.json"
-        options = files.plain(options)
+        self.folder, options = Path(f"{out}.work"), files.plain(options)
+        note = self.folder / "options.json"
         if note.exists() and (before := files.read_json(note)) != options:
             changed = ", ".join(f"{k}: {before.get(k)!r}" for k in options if before.get(k) != options[k])
             raise ValueError(f"{self.folder} is a run that was stopped, with other options ({changed}): "
@@ -123,20 +112,12 @@ class Work:
 
     def train(self, name, model, data, recipe, objective=cross_entropy):
         """Train `model` in place, or what is left of it."""
-        epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
-        print(f"\n{name}: {epochs} on {len(data.train):,} images", flush=True)
+        print(f"\n{name}: epochs {recipe.epochs}, on {len(data.train):,} images", flush=True)
         state = self.folder / f"{name.replace(' ', '-').replace(',', '')}.training"
         history = fit(model, data, recipe, objective=objective, checkpoint=state, save_within=60.0, name=name)
         if history.resumed:
             print(f"epochs done before: {history.resumed} of {recipe.epochs}", flush=True)
         return model
-
-    def once(self, name, make, device):
-        """The model that `make()` gives, made only once."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            checkpoint.save(make(), path)
-        return checkpoint.load(path, device)
 
 
 def cut(model, data, options):
@@ -167,21 +148,18 @@ def compare(arms, costly, data, batches):
         print(f"judging {name!r} on {len(data.test):,} test images", flush=True)
         found, labels = logits(model, data.test, mean=data.mean, std=data.std, batch_size=max(64, batches[-1]))
         rows[name] = {"right": (found.argmax(1) == labels).cpu(), "chance": labels.bincount().max() / len(labels)}
-    models = {name: arms[name] for name in costly}
-    first = models[BEFORE].config
+    models, first = {name: arms[name] for name in costly}, arms[BEFORE].config
     shape = first.in_chans, first.image_size, first.image_size
     for batch in batches:
         print(f"timing at batch {batch}, in turns", flush=True)
-        images = example(models[BEFORE], shape, batch)
+        images = example(arms[BEFORE], shape, batch)
         timed = meters.compare(models, images, warmup=2, seconds=SECONDS, min_runs=5)
         for name, timing in timed.items():
             rows[name][batch] = timing.median_s
     for name, model in models.items():
         peak = meters.peak_memory(model, images).peak
         rows[name] |= {"macs": macs(model, shape), "size": size_bytes(model), "memory": peak}
-    for name in rows.keys() - models.keys():  # the same shape as before, so the same cost
-        rows[name] = rows[BEFORE] | rows[name]
-    return rows
+    return {name: rows[BEFORE] | row for name, row in rows.items()}  # who was not timed costs the same as before
 
 
 def table(rows, batches):
@@ -201,30 +179,30 @@ def verdict(rows, batches):
     """For each batch, whether it paid there: a sentence."""
     found, control = [], UNCUT if UNCUT in rows else BEFORE
     cost = paired_difference(rows[AFTER]["right"], rows[control]["right"])
-    price = f"accuracy against {control!r}: {cost}{'' if cost.clear else ', within noise'}"
+    price = f"; accuracy against {control!r}: {cost}{'' if cost.clear else ', within noise'}"
     for batch in batches:
-        gain, free = rows[BEFORE][batch] / rows[AFTER][batch], rows[BEFORE][batch] / rows[FREE][batch]
-        against = f"{gain:.2f}x as fast as before; the pooled last block alone, which costs no accuracy, {free:.2f}x"
-        if gain < free * WORTH or gain < WORTH:
-            found.append(f"At batch {batch} it did not pay: {against}.")
-        elif cost.clear and cost.points < 0:
-            found.append(f"At batch {batch} it has a price: {against}; {price}.")
+        gain, free = (rows[BEFORE][batch] / rows[name][batch] for name in (AFTER, FREE))
+        if gain < max(free, 1) * WORTH:
+            paid, told = "did not pay", ""
         else:
-            found.append(f"At batch {batch} it paid: {against}; {price}.")
-    return "\n".join([*found, *doubt(rows)])
+            paid, told = "has a price" if cost.clear and cost.points < 0 else "paid", price
+        found.append(f"At batch {batch} it {paid}: {gain:.2f}x as fast as before; the pooled last block alone, which "
+                     f"costs no accuracy, {free:.2f}x{told}.")  # fmt: skip
+    if doubts := doubt(rows, cost):
+        found.append(f"The accuracies say little: {'; '.join(doubts)}.")
+    return "\n".join(found)
 
 
-def doubt(rows):
-    """Why the accuracies say little, if they do, as a list of one sentence: near chance, or from few images."""
-    before, after, control = rows[BEFORE], rows[AFTER], rows[UNCUT if UNCUT in rows else BEFORE]
-    n, right, chance = len(before["right"]), before["right"].float().mean().item(), before["chance"].item()
-    found, change = [], paired_difference(after["right"], control["right"])
-    if right <= chance + 1.96 * (chance * (1 - chance) / n) ** 0.5:
-        found.append(f"before, {100 * right:.1f} % are right, about as many as by naming the commonest class always "
+def doubt(rows, cost):
+    """Why the accuracies, and what the change cost of them, say little: near chance, from few images."""
+    right, chance, found = rows[BEFORE]["right"].float(), rows[BEFORE]["chance"].item(), []
+    n, share = len(right), right.mean().item()
+    if share <= chance + 1.96 * (chance * (1 - chance) / n) ** 0.5:
+        found.append(f"before, {100 * share:.1f} % are right, about as many as by naming the commonest class always "
                      f"({100 * chance:.1f} %)")  # fmt: skip
-    if (wide := (change.high - change.low) / 2) > WIDE:
+    if (wide := (cost.high - cost.low) / 2) > WIDE:
         found.append(f"{n:,} test images tell a change to about {wide:.1f} points only")
-    return [f"The accuracies say little: {'; '.join(found)}."] if found else []
+    return found
 
 
 def apply(options, device, recipe):
@@ -243,7 +221,10 @@ def apply(options, device, recipe):
     work = Work(options.out, asked | {"recipe": recipe, "data": data.key})
     if new:
         work.train("a head for these classes", model, data, recipe)
-    small = work.once("cut", lambda: cut(model, data, options), device)
+    path = work.folder / "cut.safetensors"
+    if not path.exists():
+        checkpoint.save(cut(model, data, options), path)
+    small = checkpoint.load(path, device)
     free = getattr(model, "token_config", TokenConfig(r_max=0.0))
     arms = {BEFORE: model, FREE: reduce_tokens(model, free, pooled_last=True)}
     if options.fine_tune:

@@ -1,9 +1,9 @@
 """What `vitlab train` was asked for, as a model's config and a recipe: any field of either is an option."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import types
 import typing
 
 from vitlab.models import checkpoint
@@ -31,15 +31,15 @@ def config(options, given):
     cls = checkpoint.config_class(kind)
     if "num_classes" in given:
         raise ValueError(f"--num-classes {given['num_classes']}: the data decide on that")
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     given = typed(cls, given) | ({"name": name} if name else {})
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(needed - given.keys() - {"num_classes"}):
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := sorted(set(needed) - {*given, "num_classes"}):
         raise ValueError(f"--model {options.model} needs {', '.join(missing)}, too; "
                          "a model around another one is made by pruning or shortening it")  # fmt: skip
     if kind == "vit":
         published = zoo.get("S4/baseline").config
-        given = {f.name: getattr(published, f.name) for f in dataclasses.fields(cls)} | {"mlp_dim": None} | given
+        given = {name: getattr(published, name) for name in fields} | {"mlp_dim": None} | given
     for option, (name, owners) in ATTENTION_OPTIONS.items():
         if (value := getattr(options, option)) is not None:
             if (attention := given["attention"] if kind == "vit" else kind) not in owners:
@@ -48,7 +48,7 @@ def config(options, given):
             given["attention_args"] += ((name, value),)
 
     def make(data):
-        size = {"image_size": data.image_size} if "image_size" in known else {}
+        size = {"image_size": data.image_size} if "image_size" in fields else {}
         return cls(**{**size, **given, "num_classes": data.num_classes})
 
     return make
@@ -63,18 +63,15 @@ def typed(cls, given):
         if name not in fields:
             near = difflib.get_close_matches(name, fields) or fields
             raise ValueError(f"unknown option {option}: {cls.__name__} has {', '.join(near)}")
-        several = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        kinds = [typing.get_origin(kind) or kind for kind in several]
-        if str in kinds:
-            found[name] = text
-            continue
-        try:
-            value = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            value = text
-        value = float(value) if type(value) is int and float in kinds else value
+        kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(hints[name]) or (hints[name],)]
+        value = text
+        if str not in kinds:
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(text, text))
         if tuple in kinds and isinstance(value, (list, dict)):
             value = tuple(value.items() if isinstance(value, dict) else value)
+        if type(value) is int and float in kinds:
+            value = float(value)
         if type(value) not in kinds:
             wanted = " or ".join(kind.__name__.replace("NoneType", "none") for kind in kinds)
             raise ValueError(f"{option} {text!r}: {wanted} is needed")

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import signal
 import sys
-import warnings
 
 import matplotlib
 import torch
@@ -37,15 +36,18 @@ def run(options):
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
-    if options.slurm is not None:
+    task = os.environ.get(slurm.TASK)
+    if options.slurm is not None and task is None:
         if not options.resume or options.jobs > 1:
             raise ValueError("--slurm goes with neither --fresh nor --jobs: every seed of every notebook is a task")
-        print(slurm.submit(project, jobs, options.slurm, options.budget, options.notebook_timeout))
+        print(slurm.submit(project, jobs, options.slurm, [*options.words, f"--preset={preset}"]))
         return 0
     print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcomes = runner.run(project, jobs, options.resume, options.budget, options.notebook_timeout, options.jobs)
+        if task:
+            return runner.exit_code([runner.run_part(project, jobs, int(task), options.budget)])
+        outcomes = runner.run(project, jobs, options.resume, options.budget, options.jobs)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_CODE
@@ -85,29 +87,28 @@ def data(options):
 
 def train(options):
     """Train as asked. The model goes to --checkpoint, with what is to be known of its training."""
-    state = _fresh_or_resumed(options)
+    if options.resume:
+        _fresh_or_resumed(options)  # before anything is written
     with parallel.joined(_device(options.device)) as device, contextlib.ExitStack() as stack:
         if parallel.rank():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _train(options, state, device)
+        return _train(options, device, stack)
 
 
-def _train(options, state, device):
-    given = {{"batch_size": "batch"}.get(name, name): text for name, text in options.fields.items()}
+def _train(options, device, stack):
     in_recipe = {f.name for f in dataclasses.fields(Recipe)}
-    recipe = choices.recipe({name: given.pop(name) for name in in_recipe & given.keys()})
-    make = choices.config(options, given)
+    recipe = choices.recipe({name: text for name, text in options.fields.items() if name in in_recipe})
+    make = choices.config(options, {name: text for name, text in options.fields.items() if name not in in_recipe})
     data = datasets.load(options.dataset, device=device, on_error=options.on_error)
-    config = make(data)
     rng.seed_all(recipe.seed)
-    model = config.build().to(device)
+    model = make(data).build().to(device)
+    logs, first = _beside(options, ".logs"), parallel.rank() == 0
+    if first:  # another training on this file is named, and not waited for
+        stack.enter_context(files.locked(logs / "training.lock", stop=lambda: True))
+    state = _fresh_or_resumed(options)
     print(threads.choose())
     print(f"{options.model}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}; "
           f"linear product: {linear.kernel_choice(model, dtype=recipe.torch_dtype(device))}")  # fmt: skip
-    logs = options.checkpoint.with_name(f"{options.checkpoint.name}.logs")
-    first = parallel.rank() == 0
-    if first and not options.resume:
-        _graph(config.build(), logs)
     try:
         history = fit(model, data, recipe, checkpoint=state, tensorboard=logs, name=options.model)
     except BudgetSpent as stop:
@@ -119,8 +120,7 @@ def _train(options, state, device):
         about = {"dataset": options.dataset, "data": data.key, "recipe": recipe, "history": history.rows}
         checkpoint.save(model, options.checkpoint, about | provenance(device))
         state.unlink(missing_ok=True)
-    epochs = f"{len(history)} epoch{'s' * (len(history) > 1)}"
-    print(f"{options.checkpoint}: {epochs} in {history.seconds:,.0f} s; TensorBoard: {logs}")
+    print(f"{options.checkpoint}: trained in {history.seconds:,.0f} s; TensorBoard: {logs}")
     return 0
 
 
@@ -152,9 +152,10 @@ def evaluate(options):
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; give the name of a folder")
     device = _device(options.device)
-    model, data = _model_and_data(options, device)
-    if data is None:
+    name = options.dataset or checkpoint.read(options.checkpoint).about.get("dataset")
+    if not name:
         raise ValueError(f"{options.checkpoint} does not tell what it was trained on: give --dataset")
+    model, data = _model_and_data(options, device, name)
     score = stick.accuracy(model, data.test, mean=data.mean, std=data.std, num_classes=data.num_classes)
     matplotlib.use("Agg")
     plots.theme()
@@ -186,9 +187,10 @@ def measure(options):
         classes = {"num_classes": data.num_classes} if data else {}
         model = TimmConfig(name=options.timm, **classes).build().to(device)
     else:
-        model, data = _model_and_data(options, device, default=False)
+        model, data = _model_and_data(options, device, options.dataset)
     # a timm model's weights are random: an accuracy would only be chance
-    row = stick.measure(model, None if options.timm else data, shape=_shape(model.config), batch=options.batch_size,
+    shape = model.config.in_chans, model.config.image_size, model.config.image_size
+    row = stick.measure(model, None if options.timm else data, shape=shape, batch=options.batch_size,
                         seconds=options.seconds)  # fmt: skip
     row = {"model": options.timm or options.checkpoint.name, "dataset": data and data.name} | row
     for column, form in stick.COLUMNS.items():
@@ -209,13 +211,13 @@ def _device(name):
     return torch.device("cuda" if name != "cpu" and has else "cpu")
 
 
-def _shape(config):
-    return config.in_chans, config.image_size, config.image_size
+def _beside(options, ending):
+    return options.checkpoint.with_name(options.checkpoint.name + ending)
 
 
 def _fresh_or_resumed(options):
     """The path of the training state; errors where --resume does not fit what is there."""
-    state = options.checkpoint.with_name(options.checkpoint.name + STATE)
+    state = _beside(options, STATE)
     if options.resume and not state.exists():
         raise ValueError(f"--resume: {state} does not exist: no run was stopped there, or it is finished")
     for path in () if options.resume else (state, options.checkpoint):
@@ -224,27 +226,10 @@ def _fresh_or_resumed(options):
     return state
 
 
-def _graph(model, folder):
-    """Write the model's graph for TensorBoard; a model that cannot be traced costs its graph, not the run."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(folder) as writer, warnings.catch_warnings():
-        # the trace is only drawn, never run on other shapes
-        for kind in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", kind)
-        try:
-            writer.add_graph(model.eval(), torch.zeros(1, *_shape(model.config)))
-        except RuntimeError as problem:
-            print(f"no model graph for TensorBoard: {str(problem).splitlines()[0]}")
-
-
-def _model_and_data(options, device, default=True):
-    """The checkpoint's model and the data set asked for; by default the one that it was trained on; else None."""
+def _model_and_data(options, device, name):
+    """The checkpoint's model and the data set of that name, if there is one."""
     model = checkpoint.load(options.checkpoint, device)
-    name = options.dataset or (checkpoint.read(options.checkpoint).about.get("dataset") if default else None)
-    if not name:
-        return model, None
-    data = datasets.load(name, device=device, on_error=options.on_error)
-    if model.config.num_classes != data.num_classes:
+    data = datasets.load(name, device=device, on_error=options.on_error) if name else None
+    if data and model.config.num_classes != data.num_classes:
         raise ValueError(f"{options.checkpoint} has {model.config.num_classes} classes, {name} has {data.num_classes}")
     return model, data

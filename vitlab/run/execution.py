@@ -14,11 +14,8 @@ def papermill_run(path, output, parameters, **options):
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
-    literal = {ord("{"): "{{", ord("}"): "}}"}  # papermill formats paths
-    source, target = (str(p).translate(literal) for p in (path, output))
-    return papermill.execute_notebook(
-        source, target, parameters, kernel_name="python3", language="python", **options
-    )
+    source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, output))  # papermill formats paths
+    return papermill.execute_notebook(source, target, parameters, kernel_name="python3", language="python", **options)
 
 
 def execute(path, scratch, parameters, cwd, *, end, env, prefix, kernels):

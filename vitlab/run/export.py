@@ -40,36 +40,11 @@ def onnx_session(path, threads=None):
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def to_pt2(model, path, images):
-    """Write the model for torch.export.load, for any batch."""
-    torch.export.save(exported(model, images), path)
-
-
 def difference(model, other, shape, batches):
     """The largest difference of a logit between two functions of images, at all these batches."""
-    worst = 0.0
     with running([model], "cpu"):
-        for batch in batches:
-            images = example(model, shape, batch)
-            worst = max(worst, (model(images) - other(images)).abs().max().item())
-    return worst
-
-
-def timings(runs, shape, batches, seconds):
-    """{batch: {name: ms}} of functions of images, in turns; a run that fails at first is left out with a word."""
-    found = {}
-    for batch in batches:
-        images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
-        for name in list(runs):
-            try:
-                with running([runs[name]], "cpu"):
-                    runs[name](images)
-            except Exception as problem:  # no C++ compiler, an operation that cannot be compiled
-                print(f"{name}: not measured ({str(problem).splitlines()[0][:120]})", flush=True)
-                del runs[name]
-        timed = meters.compare(runs, images, warmup=2, seconds=seconds, min_runs=5)
-        found[batch] = {name: 1e3 * timing.median_s for name, timing in timed.items()}
-    return found
+        inputs = [example(model, shape, batch) for batch in batches]
+        return max((model(images) - other(images)).abs().max().item() for images in inputs)
 
 
 def export(options):
@@ -78,31 +53,45 @@ def export(options):
         raise ValueError("nothing to do: give --onnx, --pt2, or both")
     model = checkpoint.load(options.checkpoint)
     shape = model.config.in_chans, model.config.image_size, model.config.image_size
-    images, folder, code = example(model, shape, 2), options.out or options.checkpoint.parent, 0
+    folder, code = options.out or options.checkpoint.parent, 0
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     runs = {"torch, eager": model}
-    for kind, asked, write in (("onnx", options.onnx, to_onnx), ("pt2", options.pt2, to_pt2)):
-        if not asked:
-            continue
-        path = folder / f"{options.checkpoint.stem}.{kind}"
+    for kind in [kind for kind in ("onnx", "pt2") if getattr(options, kind)]:
+        path, images = folder / f"{options.checkpoint.stem}.{kind}", example(model, shape, 2)
         print(f"writing {path}", flush=True)
         try:
-            write(model, path, images)
+            if kind == "onnx":
+                to_onnx(model, path, images)
+            else:
+                torch.export.save(exported(model, images), path)
         except Exception as problem:  # whatever torch.export cannot trace
-            said = str(problem).strip().splitlines() or [type(problem).__name__]
-            raise ValueError(f"{options.checkpoint} cannot be written as {kind}: {said[0]}") from problem
+            raise ValueError(f"{options.checkpoint} cannot be written as {kind}: {_first(problem)}") from problem
         run = onnx_session(path) if kind == "onnx" else torch.export.load(path).module()
         worst = difference(model, run, shape, options.batch)
         code |= worst > CLOSE
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; logits differ by {worst:.1e} from torch's"
               f"{'' if worst <= CLOSE else f', which is more than {CLOSE:g}: do not use it'}", flush=True)  # fmt: skip
-        runs |= {"onnxruntime": run} if kind == "onnx" else {}
+        if kind == "onnx":
+            runs["onnxruntime"] = run
     print("compiling with torch.compile, which takes a minute or so", flush=True)
     torch.compiler.reset()
-    runs["torch, compiled"] = torch.compile(model, dynamic=False)
-    table = timings(runs, shape, options.batch, options.seconds)
-    lines = [(f"ms, threads: {torch.get_num_threads()}", *(f"batch {b}" for b in table))]
-    print("\n" + columns(lines + [(name, *(f"{table[b][name]:.2f}" for b in table)) for name in runs]))
+    compiled = torch.compile(model, dynamic=False)
+    try:
+        difference(model, compiled, shape, options.batch)
+        runs["torch, compiled"] = compiled
+    except Exception as problem:  # no C++ compiler, an operation that cannot be compiled
+        print(f"torch, compiled: not measured ({_first(problem)[:120]})", flush=True)
+    table = []
+    for batch in options.batch:
+        timed = meters.compare(runs, example(model, shape, batch), warmup=2, seconds=options.seconds, min_runs=5)
+        table.append([f"batch {batch}", *(f"{1e3 * timing.median_s:.2f}" for timing in timed.values())])
+    head = [f"ms, threads: {torch.get_num_threads()}", *runs]
+    print("\n" + columns(list(zip(head, *table))))
     return int(code)
+
+
+def _first(problem):
+    """The first line of what an exception says, or its name."""
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from vitlab.run import stamps
 from vitlab.run.execution import papermill_run
 
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
@@ -59,8 +57,8 @@ def project(source=None):
 
 def find(source):
     """Every notebook of the project in running order: by name, those that read others' rows last."""
-    paths = sorted((Path(source) / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    return sorted((inspect(path) for path in paths), key=lambda n: (n.reads, n.stem))
+    paths = (Path(source) / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    return sorted(map(inspect, paths), key=lambda n: (n.reads, n.stem))
 
 
 def inspect(path):
@@ -68,13 +66,9 @@ def inspect(path):
     node = nbformat.read(path, as_version=4)
     cells = source_cells(node)
     heading = next((text.strip() for kind, text in cells if kind == "markdown"), path.stem)
-    return Notebook(
-        path=path,
-        title=heading.splitlines()[0].lstrip("# "),
-        parameters=_defaults(node, path.name),
-        code=tuple(text for kind, text in cells if kind == "code"),
-        reads=bool(node.metadata.get("vitlab", {}).get("reads")),
-    )
+    code = tuple(text for kind, text in cells if kind == "code")
+    reads = bool(node.metadata.get("vitlab", {}).get("reads"))
+    return Notebook(path, heading.splitlines()[0].lstrip("# "), _defaults(node, path.name), code, reads)
 
 
 def _defaults(node, name):
@@ -123,29 +117,21 @@ def presets(source):
 
 
 def preset_parameters(source, preset, notebooks):
-    """{stem: parameters} for every one of `notebooks`, from presets/<preset>.yaml.
+    """{stem: parameters} for every one of `notebooks`, from presets/<preset>.yaml, which has a section for each.
 
-    The file has one section a notebook and may have `common`, whose entries go to each notebook that
-    has such a parameter. ValueError for a section, name or type that fits no notebook.
+    ValueError for a section, name or type that fits no notebook.
     """
     if preset not in presets(source):
         raise ValueError(f"no preset {preset!r}; there are: {', '.join(presets(source)) or 'none'}")
-    file = f"presets/{preset}.yaml"
+    file, stems = f"presets/{preset}.yaml", {n.stem for n in notebooks}
     sections = read_yaml((Path(source) / file).read_text(encoding="utf-8"), file) or {}
     if not isinstance(sections, dict) or not all(isinstance(s, dict | None) for s in sections.values()):
         raise ValueError(f"{file}: sections with `name: value` lines are needed, one a notebook")
-    common = sections.pop("common", None) or {}
-    stems = [n.stem for n in notebooks]
-    if strange := sorted(set(sections) - set(stems), key=str):
-        raise ValueError(f"{file}: no notebook for {strange}; there are: {', '.join(stems)}")
-    if missing := sorted(set(stems) - set(sections)):
-        raise ValueError(f"{file} has no section for {missing}; `name: {{}}` takes the notebook's defaults")
-    if nobody := sorted(set(common).difference(*(n.parameters for n in notebooks)), key=str):
-        raise ValueError(f"{file}: no notebook has the parameters {nobody} of `common`")
-    found = {}
+    if odd := sorted(set(sections) ^ stems, key=str):
+        raise ValueError(f"{file}: a section for each notebook is needed ({', '.join(sorted(stems))}), and no other: "
+                         f"{', '.join(map(str, odd))}")  # fmt: skip
+    found = {n.stem: {**(sections[n.stem] or {}), "preset": preset} for n in notebooks}
     for notebook in notebooks:
-        shared = {k: v for k, v in common.items() if k in notebook.parameters}
-        found[notebook.stem] = {**shared, **(sections[notebook.stem] or {}), "preset": preset}
         check_parameters(notebook, found[notebook.stem], f"{file}: ")
     return found
 
@@ -159,10 +145,8 @@ def check_parameters(notebook, values, where=""):
         default, types = notebook.parameters[name], {type(value), type(notebook.parameters[name])}
         alike = len(types) == 1 or type(None) in types or types == {list, tuple}
         if not alike and (type(value), type(default)) != (int, float):
-            raise ValueError(
-                f"{where}{notebook.stem}: {name} = {value!r} is of type {type(value).__name__}, "
-                f"its default {default!r} is of type {type(default).__name__}"
-            )
+            raise ValueError(f"{where}{notebook.stem}: {name} = {value!r} is of type {type(value).__name__}, its "
+                             f"default {default!r} is of type {type(default).__name__}")  # fmt: skip
 
 
 def prepare(source, folder, preset="tiny"):
@@ -181,11 +165,3 @@ def marks(path):
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         return dict(nbformat.read(path, as_version=4).metadata["vitlab"])
     return {}
-
-
-def stamp(project, preset, notebook, parameters):
-    """The stamp that a run of `notebook` would get: code, parameters, and the rows of others where it reads them."""
-    files = sorted(project.root.glob(f"results/{preset}/*/*.json")) if notebook.reads else ()
-    rows = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in files if p.parent.name != notebook.stem}  # fmt: skip
-    return stamps.stamp(notebook.code, parameters, rows)

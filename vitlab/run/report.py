@@ -43,7 +43,8 @@ def render(root):
 
 def stale(root):
     """{file name: what it should say} of the files that say anything else than the rows do."""
-    return {name: text for name, text in render(root).items() if _read(Path(root) / name) != text}
+    there = {path.name: path.read_text(encoding="utf-8") for path in Path(root).glob("*.md")}
+    return {name: text for name, text in render(root).items() if there.get(name) != text}
 
 
 def refresh(root):
@@ -79,18 +80,16 @@ class Evidence:
         present = [p for p in presets if p in nb.presets(source)]
         self.jobs = {(j.notebook.stem, p): j for p in present for j in runner.plan(self.project, p)}
         self.preset, self.rows, self.stamp = {}, {}, {}
-        for notebook in self.notebooks:
-            stem = notebook.stem
+        for stem in (n.stem for n in self.notebooks):
             for preset in present[::-1]:
                 if "arm" in (rows := read_rows(self.root, preset, stem)):
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
-            if stem in self.preset:
-                self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
-                rows = self.rows[stem]
-                self.rows[stem] = rows.assign(
-                    model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
-                    why=[self.stale(stem, row) for row in rows.to_dict("records")],
-                )
+        for stem, rows in self.rows.items():
+            self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
+            self.rows[stem] = rows.assign(
+                model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
+                why=[self.stale(stem, row) for row in rows.to_dict("records")],
+            )
 
     def stale(self, stem, row):
         """"" for a row (a dictionary) of the present code, else what it is of."""
@@ -110,6 +109,10 @@ def markdown(headings, lines):
     """A Markdown table."""
     body = [headings, ["---"] * len(headings), *lines]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in body)
+
+
+def _frame(frame):
+    return markdown([frame.index.name, *frame], [[name, *row] for name, row in zip(frame.index, frame.to_numpy())])
 
 
 # -------------------------------------------------------------------------------------------- README
@@ -138,18 +141,18 @@ def projects(evidence):
 def _found(evidence, number, arm, control):
     """(what was found, on which evidence) for an arm beside its control."""
     stem = evidence.find(number)
-    rows = evidence.rows[stem] if stem else None
-    if rows is None or not {arm, control} <= set(rows.model):
+    if not stem or not {arm, control} <= set(evidence.rows[stem].model):
         return "nothing yet", f"notebook {number} has not run"
+    rows = evidence.rows[stem]
     if {arm, control} <= set(rows.model[rows.why == ""]):  # what older code left behind is not mixed in
         rows = rows[rows.why == ""]
-    pair = [rows[rows.model == name].groupby("seed").last() for name in (arm, control)]
-    gain = (pair[0].accuracy_top1 - pair[1].accuracy_top1).dropna()
-    speed = (pair[0].images_per_s / pair[1].images_per_s).mean()
+    first, second = (rows[rows.model == name].groupby("seed").last() for name in (arm, control))
+    gain = (first.accuracy_top1 - second.accuracy_top1).dropna()
+    speed = (first.images_per_s / second.images_per_s).mean()
     spread = f" ± {gain.std():.2f}" if len(gain) > 1 else ""
     last = rows[rows.model == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
-    return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(n for n in notes if n)
+    return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
 def findings(evidence):
@@ -227,9 +230,9 @@ def judged(evidence):
 def claims_page(evidence):
     """CLAIMS.md: every claim with what was measured and its verdict."""
     settled = judged(evidence)
-    frame = verdicts.counts(settled).rename_axis(None)
+    frame = verdicts.counts(settled).rename_axis("project")
     frame.loc["all"] = frame.sum()
-    totals = markdown(["project", *frame], [[name, *row] for name, row in zip(frame.index, frame.to_numpy())])
+    totals = _frame(frame)
     parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
              f"five projects published, and what it came to here. {verdicts.summary(settled)} A figure and its change "
              "from a baseline count once; facts found by running a project's own code (marked *fact*) do not count as "
@@ -238,13 +241,8 @@ def claims_page(evidence):
         frame = verdicts.table(claims.select(project=project), settled)
         often = [note for note, n in frame.note.value_counts().items() if n > 2 and len(note) > 40]
         frame["note"] = [f"note {often.index(n) + 1}" if n in often else n for n in frame.note]
-        lines = [[i if claims.get(i).source == "published" else f"{i} *(fact)*", row.claimed, row.measured, row.verdict,
-                  row.note] for i, row in frame.iterrows()]  # fmt: skip
-        table = markdown(["claim", "claimed", "measured", "verdict", "note"], lines)
+        frame.index = [i if claims.get(i).source == "published" else f"{i} *(fact)*" for i in frame.index]
+        table = _frame(frame.rename_axis("claim"))
         notes = "".join(f"{i}. {note}\n" for i, note in enumerate(often, 1))
         parts.append(f"## {title}\n\n{table}" + (f"\nNotes:\n\n{notes}" if notes else ""))
     return "\n".join(parts)
-
-
-def _read(path):
-    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -1,12 +1,11 @@
 """Run the notebooks: preset, order, resume, budget, side by side, executed copies, summary."""
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +25,6 @@ from vitlab.utils.provenance import provenance
 
 DONE, SKIPPED, PAUSED, FAILED, WAITING = "done", "up to date", "paused", "failed", "not started"
 PAUSED_CODE, FAILED_CODE = 75, 1
-CIFAR = ("cifar10.npz", "cifar-10-batches-py", "cifar-10-python.tar.gz")
 PROBE = "import torch;print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -39,7 +37,11 @@ class Job:
     parameters: dict
 
     def stamp(self, project):
-        return nb.stamp(project, self.preset, self.notebook, self.parameters)
+        """The stamp that a run would get: code, parameters, and the rows of others where the notebook reads them."""
+        files = sorted(project.root.glob(f"results/{self.preset}/*/*.json")) if self.notebook.reads else ()
+        rows = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()
+                for p in files if p.parent.name != self.notebook.stem}  # fmt: skip
+        return stamps.stamp(self.notebook.code, self.parameters, rows)
 
     def copy(self, project, failed=False):
         """Where the executed copy lies."""
@@ -52,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: status, wall time in seconds, what to know."""
+    """What became of a job: its status, wall time in seconds, what to know."""
 
     stem: str
     status: str
@@ -63,23 +65,27 @@ class Outcome:
 @dataclass(frozen=True)
 class Terms:
     """On which terms jobs run: `fresh` trains arms again; training ends by `deadline`, everything by `limit` (unix
-    times), a notebook after `timeout` seconds; `width` of them run side by side. `kernels` lists those at work, and
-    once `stopped` is set what they leave is not kept."""
+    times); `width` of them run side by side. `kernels` lists those at work, and once `stopped` is set what they leave
+    is not kept."""
 
     fresh: bool
     deadline: float
     limit: float
-    timeout: float
     width: int
     kernels: list = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def from_now(cls, fresh, budget, timeout, width=1):
+    def from_now(cls, fresh, budget, width):
         """The terms for the next `budget` seconds."""
         limit = time.time() + budget
         # the room before the limit is for what follows an epoch: evaluation, checkpoint, the executed copy
-        return cls(fresh, limit - min(30, budget / 10), limit, timeout, width)
+        return cls(fresh, limit - min(30, budget / 10), limit, width)
+
+    @property
+    def spent(self):
+        """Whether nothing more is to begin."""
+        return self.stopped.is_set() or time.time() >= self.deadline
 
 
 @functools.cache
@@ -90,15 +96,8 @@ def cuda_device():
 
 
 def choose_preset():
-    """(preset, why): `gpu` where CUDA is found and CIFAR can be had, else `tiny`."""
-    if not (device := cuda_device()):
-        return "tiny", "no CUDA device"
-    where = "VITLAB_DATA" if os.environ.get("VITLAB_DATA") else "~/.cache/vitlab"
-    if any((sources.home() / name).exists() for name in CIFAR):
-        return "gpu", f"{device}, CIFAR under {where}"
-    with contextlib.suppress(OSError), socket.create_connection(("www.cs.toronto.edu", 443), timeout=5):
-        return "gpu", f"{device}, CIFAR can be downloaded"
-    return "tiny", f"{device} is here, but CIFAR is neither under {where} nor can it be downloaded"
+    """(preset, why): `gpu` where CUDA is found, else `tiny`."""
+    return ("gpu", device) if (device := cuda_device()) else ("tiny", "no CUDA device")
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -132,33 +131,30 @@ def standing(project, job):
         return FAILED
     if not (marks := nb.marks(job.copy(project))):
         return "never run"
-    if stale := stamps.difference(marks.get("stamp"), job.stamp(project)):
-        return stale
     complete = len(job.rows(project)) >= marks.get("rows", 1)
-    return SKIPPED if complete else "rows are missing"
+    return stamps.difference(marks.get("stamp"), job.stamp(project)) or (SKIPPED if complete else "rows are missing")
 
 
 # ----------------------------------------------------------------------------------------------- run
 
-def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
+def run(project, jobs, resume=True, budget=math.inf, width=1):
     """Run `jobs`; [Outcome] in their order. A failed one does not stop the others.
 
     budget: seconds for all of them. Training stops between epochs as they end (its notebook is "paused"),
     nothing starts after them, and a cell that goes on regardless is interrupted.
-    timeout: seconds for each notebook. resume=False runs what is up to date too, and retrains its arms.
+    resume=False runs what is up to date too, and retrains its arms.
     width: so many kernels train side by side, one for each seed of each notebook. Then every notebook runs as a whole
     and alone, finds its arms trained and measures them undisturbed.
     """
-    terms, outcomes = Terms.from_now(not resume, budget, timeout, width), []
+    terms, outcomes = Terms.from_now(not resume, budget, width), []
     if width > 1:
-        due = [job for job in jobs if not resume or standing(project, job) != SKIPPED]
-        _side_by_side(project, [part for job in due for part in by_seed(job)], terms)
+        _side_by_side(project, parts(j for j in jobs if not resume or standing(project, j) != SKIPPED), terms)
         terms = dataclasses.replace(terms, width=1, fresh=False)
     for position, job in enumerate(jobs, 1):
         stem, state = job.notebook.stem, standing(project, job)
         if resume and state == SKIPPED:
             outcome = Outcome(stem, SKIPPED, note="--fresh runs it again")
-        elif time.time() >= terms.deadline or any(o.status == PAUSED for o in outcomes):
+        elif terms.spent or any(o.status == PAUSED for o in outcomes):
             outcome = Outcome(stem, WAITING, note="budget spent")
         else:
             print(f"\n=== {stem} ({job.preset}), {position} of {len(jobs)}: {state}", flush=True)
@@ -168,12 +164,22 @@ def run(project, jobs, resume=True, budget=math.inf, timeout=math.inf, width=1):
     return outcomes
 
 
-def by_seed(job):
-    """[(label, job)]: the job once for each of its seeds; none where it only reads rows."""
-    stem, parameters = job.notebook.stem, job.notebook.parameters | job.parameters
-    seeds = () if job.notebook.reads else parameters.get("seeds", ())
-    return [(f"{stem}-s{seed}" if len(seeds) > 1 else stem,
-             dataclasses.replace(job, parameters=job.parameters | {"seeds": [seed]})) for seed in seeds]  # fmt: skip
+def run_part(project, jobs, index, budget):
+    """Train one of the `parts` of `jobs`, of which others run on other machines; the Outcome, which is printed."""
+    label, job = parts(jobs)[index]
+    outcome = run_one(project, job, Terms.from_now(False, budget, len(parts(jobs))), label)
+    print(outcome, flush=True)
+    return outcome
+
+
+def parts(jobs):
+    """[(label, job)]: each job once for each of its seeds; none where it only reads rows."""
+    found = []
+    for job in jobs:
+        stem, given = job.notebook.stem, job.parameters
+        seeds = () if job.notebook.reads else (job.notebook.parameters | given).get("seeds", ())
+        found += [(f"{stem}-s{seed}", dataclasses.replace(job, parameters=given | {"seeds": [seed]})) for seed in seeds]
+    return found
 
 
 def _side_by_side(project, parts, terms):
@@ -197,35 +203,27 @@ def run_one(project, job, terms, part=""):
     While another `vitlab run` is at work on it in the same folder it is waited for, and what that one finished is not
     run again.
     """
-    stem, label = job.notebook.stem, part or job.notebook.stem
-    scratch = project.root / ".state" / "run" / job.preset / f"{label}.ipynb"
-
-    def spent():
-        return terms.stopped.is_set() or time.time() >= terms.deadline
-
+    scratch = project.root / ".state" / "run" / job.preset / f"{part or job.notebook.stem}.ipynb"
     try:
-        with files.locked(scratch.with_suffix(".lock"), lambda line: print(line, flush=True), spent) as waited:
+        with files.locked(scratch.with_suffix(".lock"), functools.partial(print, flush=True),
+                          lambda: terms.spent) as waited:  # fmt: skip
             if waited and not part and not terms.fresh and standing(project, job) == SKIPPED:
-                return Outcome(stem, SKIPPED, note="another run did it")
+                return Outcome(job.notebook.stem, SKIPPED, note="another run did it")
             return _run_one(project, job, terms, part, scratch)
     except TimeoutError as error:
-        return Outcome(stem, WAITING, note=f"budget spent: {error}")
+        return Outcome(job.notebook.stem, WAITING, note=f"budget spent: {error}")
 
 
 def _run_one(project, job, terms, part, scratch):
-    stem, label = job.notebook.stem, part or job.notebook.stem
+    stem, begun, stamp = job.notebook.stem, time.time(), job.stamp(project)
     scratch.unlink(missing_ok=True)
-    begun, stamp = time.time(), job.stamp(project)
-    end = min(terms.limit, begun + terms.timeout)
     error = execute(
-        job.notebook.path, scratch, job.parameters, project.root, end=end, env=environment(project.root, stamp, terms),
-        prefix=f"{label} | " if terms.width > 1 else "", kernels=terms.kernels,
+        job.notebook.path, scratch, job.parameters, project.root, end=terms.limit, kernels=terms.kernels,
+        env=environment(project.root, stamp, terms), prefix=f"{part or stem} | " if terms.width > 1 else "",
     )  # fmt: skip
-    wall, overran = round(time.time() - begun, 1), time.time() >= end
-    if terms.stopped.is_set() or (error and error[0] == "BudgetSpent") or (overran and end == terms.limit):
+    wall = round(time.time() - begun, 1)
+    if terms.stopped.is_set() or (error and error[0] == "BudgetSpent") or time.time() >= terms.limit:
         return Outcome(stem, PAUSED, wall, "budget spent")
-    if overran:
-        error = ("TimeoutError", f"stopped after {clock(terms.timeout)} (--notebook-timeout)", "")
     if scratch.exists() and not part:
         _publish(project, job, scratch, {"status": FAILED if error else DONE, "stamp": stamp, "wall_s": wall})
     if not error:
@@ -243,17 +241,16 @@ def environment(root, stamp, terms):
     training is to have stopped. VITLAB_FRESH: "1" where arms are to be trained again. VITLAB_JOBS: how many kernels
     run side by side, where it is more than one.
     """
-    wanted = {
-        "VITLAB_ROOT": str(root),
-        "VITLAB_STAMP": stamp,
-        "VITLAB_DEADLINE": repr(terms.deadline) if terms.deadline < math.inf else None,
-        "VITLAB_FRESH": "1" if terms.fresh else None,
-        "VITLAB_JOBS": str(terms.width) if terms.width > 1 else None,
-        # the kernel's working folder is another one
-        "VITLAB_DATA": os.path.abspath(data) if (data := os.environ.get("VITLAB_DATA")) else None,
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-    return {name: value for name, value in (os.environ | wanted).items() if value is not None}
+    said = {"VITLAB_ROOT": str(root), "VITLAB_STAMP": stamp, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if terms.deadline < math.inf:
+        said["VITLAB_DEADLINE"] = repr(terms.deadline)
+    if terms.fresh:
+        said["VITLAB_FRESH"] = "1"
+    if terms.width > 1:
+        said["VITLAB_JOBS"] = str(terms.width)
+    if data := os.environ.get("VITLAB_DATA"):
+        said["VITLAB_DATA"] = os.path.abspath(data)  # the kernel's working folder is another one
+    return {k: v for k, v in os.environ.items() if not k.startswith("VITLAB_")} | said
 
 
 def _publish(project, job, scratch, said):
@@ -284,12 +281,12 @@ def summary(project, jobs, outcomes):
     for job, outcome in zip(jobs, outcomes):
         copy = job.copy(project, outcome.status == FAILED)
         found = [str(copy.relative_to(project.root))] if copy.exists() else []
-        for what, pattern in (("figures", "*.png"), ("results", "*.json")):
-            folder = f"{what}/{job.preset}/{outcome.stem}/"
-            if count := len(list(project.root.glob(folder + pattern))):
-                found.append(f"{folder} ({count})")
-        note = f" [{outcome.note}]" if outcome.note else ""
-        lines.append((outcome.stem, outcome.status, clock(outcome.wall_s), ", ".join(found) + note))
+        for folder, ending in (("figures", "png"), ("results", "json")):
+            place = f"{folder}/{job.preset}/{outcome.stem}/"
+            if files := list(project.root.glob(f"{place}*.{ending}")):
+                found.append(f"{place} ({len(files)})")
+        found += [f"[{outcome.note}]"] if outcome.note else []
+        lines.append((outcome.stem, outcome.status, clock(outcome.wall_s), ", ".join(found)))
     return columns(lines)
 
 

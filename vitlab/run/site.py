@@ -33,11 +33,18 @@ def write(root, folder):
     addresses |= {"README.md": "index.html", "RESULTS.md": "index.html#Results", "CLAIMS.md": "index.html#Claims"}
     menu = [("index.html", "vitlab"), ("index.html#Results", "Results"), ("index.html#Claims", "Claims"),
             *((f"{n.stem}.html", n.stem.replace("_", " ")) for n in evidence.notebooks)]  # fmt: skip
-    converter = Converter(root, addresses)
+    render = MarkdownWithMath(renderer=Renderer(root, addresses)).render
+
+    def markdown(text):
+        return render(text).replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+
+    # nbconvert's own clean_html takes seconds, and is for the notebooks of strangers
+    exporter = HTMLExporter(raw_template=NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True,
+                            filters={"markdown2html": markdown, "clean_html": lambda html: html})  # fmt: skip
     texts = [(root / name).read_text(encoding="utf-8") for name in report.FILES]
-    bodies = {"index.html": ("vitlab", "".join(map(converter.markdown, texts)))}
+    bodies = {"index.html": ("vitlab", "".join(map(markdown, texts)))}
     for notebook in evidence.notebooks:
-        bodies[f"{notebook.stem}.html"] = notebook.title, converter.notebook(evidence, notebook)
+        bodies[f"{notebook.stem}.html"] = notebook.title, _page(evidence, notebook, exporter)
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"))
     highlight = HtmlFormatter().get_style_defs(".highlight")
     for name, (title, body) in bodies.items():
@@ -72,40 +79,18 @@ class Renderer(IPythonRenderer):
         return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
 
 
-class Exporter(HTMLExporter):
-    """nbconvert's exporter with our Markdown; `convert_markdown` has to be set."""
-
-    def default_filters(self):
-        yield from super().default_filters()
-        yield "clean_html", lambda html: html  # which takes seconds, and is for the notebooks of strangers
-
-    def markdown2html(self, source):
-        return self.convert_markdown(source)
-
-
-class Converter:
-    """Markdown texts and notebooks as the bodies of pages."""
-
-    def __init__(self, root, addresses):
-        self.render = MarkdownWithMath(renderer=Renderer(root, addresses)).render
-        self.exporter = Exporter(raw_template=NOTEBOOK, exclude_input_prompt=True, exclude_output_prompt=True)
-        self.exporter.convert_markdown = self.markdown
-
-    def markdown(self, text):
-        return self.render(text).replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
-
-    def notebook(self, evidence, notebook):
-        """The best executed copy of a notebook under a line on its run, or its source where it never ran."""
-        copies = {p: evidence.root / "executed" / p / notebook.path.name for p in report.PRESETS}
-        preset = next((p for p, path in copies.items() if path.exists()), None)
-        node = nbformat.read(copies[preset] if preset else notebook.path, as_version=4)
-        said = f"Preset {preset}, {report.standing(evidence, notebook, preset)}" if preset else "Not run yet."
-        question = ""
-        for cell in node.cells:
-            if cell.cell_type == "markdown":  # a picture's text is the question that it answers
-                found = re.findall(r"\*\*(.+?)\*\*|^#+ (.+)", cell.source, flags=re.M)
-                question = "".join(found[-1]) if found else question
-            else:
-                cell.metadata["alt"] = question
-        body, _ = self.exporter.from_notebook_node(node)
-        return f'<button id="code">show all code</button><p class="note">{said}</p>{body}'
+def _page(evidence, notebook, exporter):
+    """The best executed copy of a notebook under a line on its run, or its source where it never ran, as HTML."""
+    copies = {p: evidence.root / "executed" / p / notebook.path.name for p in report.PRESETS}
+    preset = next((p for p, path in copies.items() if path.exists()), None)
+    node = nbformat.read(copies.get(preset, notebook.path), as_version=4)
+    said = f"Preset {preset}, {report.standing(evidence, notebook, preset)}" if preset else "Not run yet."
+    question = ""
+    for cell in node.cells:
+        if cell.cell_type == "markdown":  # a picture's text is the question that it answers
+            found = re.findall(r"\*\*(.+?)\*\*|^#+ (.+)", cell.source, flags=re.M)
+            question = "".join(found[-1]) if found else question
+        else:
+            cell.metadata["alt"] = question
+    body, _ = exporter.from_notebook_node(node)
+    return f'<button id="code">show all code</button><p class="note">{said}</p>{body}'

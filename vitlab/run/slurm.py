@@ -5,89 +5,56 @@ other waits for it. When all have ended, a last job runs the notebooks as they a
 arms trained, measure them undisturbed, and write their rows. Slurm does all the rest.
 """
 
-import math
-import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from vitlab.run import notebooks, runner
-from vitlab.utils import files, threads
+from vitlab.run import runner
+from vitlab.utils import files
 
-# A task that stopped for its --budget (exit code 75) is queued again; the last job with it runs what is not yet done.
+TASK = "VITLAB_TASK"  # in its environment: which task of the array the command is, "" the last job
+# The command is given again as it was. What stopped for its --budget (exit code 75) is queued again.
 SCRIPT = """\
 #!/bin/sh
-{python} -P -m vitlab.run.slurm {plan} $SLURM_ARRAY_TASK_ID
+export {task}="$SLURM_ARRAY_TASK_ID" PYTHONPATH={package}"${{PYTHONPATH:+:$PYTHONPATH}}"
+{command}
 code=$?
 if [ $code = {paused} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 """
 
 
-def submit(project, jobs, options, budget=math.inf, timeout=math.inf):
+def submit(project, jobs, options, words):
     """Hand the jobs to Slurm with these options of sbatch (text); a sentence that says what is queued.
 
-    budget, timeout: seconds for a task, and for a notebook within it. ValueError with sbatch's words where it refuses.
+    words: the command that each task gives again. ValueError with sbatch's own words where it refuses.
     """
-    due = [job for job in jobs if runner.standing(project, job) != runner.SKIPPED]
+    due = {job.notebook.stem for job in jobs if runner.standing(project, job) != runner.SKIPPED}
     if not due:
         return "everything is up to date"
-    tasks = [(label, job) for job in due for label, job in runner.by_seed(job)]
-    work = {
-        "source": project.source, "root": project.root, "preset": due[0].preset,
-        "budget": None if math.isinf(budget) else budget, "timeout": None if math.isinf(timeout) else timeout,
-        "tasks": [[label, job.notebook.stem, job.parameters] for label, job in tasks],
-        "whole": [[None, job.notebook.stem, job.parameters] for job in due],
-    }  # fmt: skip
+    tasks = [str(i) for i, (_, job) in enumerate(runner.parts(jobs)) if job.notebook.stem in due]
     folder = project.root / ".state" / "slurm"
-    plan = folder / f"{files.digest(work)}.json"  # what is queued keeps its own
-    script = plan.with_suffix(".sh")
-    files.write_json(plan, work)
-    files.write_text(script, SCRIPT.format(python=shlex.quote(sys.executable), plan=shlex.quote(str(plan)),
+    command = [sys.executable, "-P", "-m", "vitlab.cli", *words]
+    script = folder / f"{files.digest(command)}.sh"
+    package = shlex.quote(str(Path(__file__).parents[2]))
+    files.write_text(script, SCRIPT.format(task=TASK, package=package, command=shlex.join(command),
                                            paused=runner.PAUSED_CODE))  # fmt: skip
-    given = [f"--chdir={project.source}", f"--output={folder}/%x-%A-%a.log", "--open-mode=append", "--requeue",
-             *shlex.split(options)]
+    given = [f"--output={folder}/%x-%A-%a.log", "--open-mode=append", "--requeue", *shlex.split(options), str(script)]
     after, said = [], []
     if tasks:
-        number = _sbatch("--job-name=vitlab-train", f"--array=0-{len(tasks) - 1}", *given, script)
+        number = _sbatch("--job-name=vitlab-train", f"--array={','.join(tasks)}", *given)
         after, said = [f"--dependency=afterany:{number}"], [f"job array {number} trains in {len(tasks)} tasks"]
-    number = _sbatch("--job-name=vitlab-run", *after, *given, script)
+    number = _sbatch("--job-name=vitlab-run", *after, *given)
     return f"{', '.join([*said, f'job {number} then runs {len(due)} notebooks'])}; squeue shows them, logs: {folder}"
 
 
 def _sbatch(*arguments):
     """Queue a job; its number."""
-    package = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
-        done = subprocess.run(["sbatch", "--parsable", *map(str, arguments)], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
+        done = subprocess.run(["sbatch", "--parsable", *arguments], capture_output=True, text=True)
     except FileNotFoundError as missing:
         raise ValueError("--slurm: there is no sbatch here; this is no machine of a Slurm cluster") from missing
     if done.returncode:
         raise ValueError(f"--slurm: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
-
-
-def main(plan, index=None):
-    """What Slurm starts: task `index` of the plan, or without one all its notebooks as a whole; the exit code."""
-    plan = files.read_json(plan)
-    project = notebooks.Project(Path(plan["source"]), Path(plan["root"]))
-    limits = [plan["budget"] or math.inf, plan["timeout"] or math.inf]
-    chosen = plan["whole"] if index is None else [plan["tasks"][int(index)]]
-    jobs = [runner.plan(project, plan["preset"], [stem], overrides=given)[0] for _, stem, given in chosen]
-    print(threads.choose(), flush=True)
-    if index is None:
-        outcomes = runner.run(project, jobs, True, *limits)
-        print(runner.summary(project, jobs, outcomes), flush=True)
-    else:
-        terms = runner.Terms.from_now(False, *limits, width=len(plan["tasks"]))
-        outcomes = [runner.run_one(project, jobs[0], terms, chosen[0][0])]
-        print(outcomes[0], flush=True)
-    return runner.exit_code(outcomes)
-
-
-if __name__ == "__main__":
-    threads.wait_passively()
-    sys.exit(main(*sys.argv[1:]))
