@@ -149,16 +149,13 @@ OPERATIONS = ["crop(1)", "crop(3)", "rrc", "flip", "trivial", "randaugment(2,9)"
 
 @FEW
 @given(names=st.lists(st.sampled_from(OPERATIONS), unique_by=lambda n: n[:4], max_size=4), count=st.integers(1, 9),
-       channels=st.sampled_from([1, 3]), height=st.integers(5, 24), width=st.integers(5, 24), seed=st.integers(0, 9),
-       real=st.booleans())  # fmt: skip
-def test_augmentation_keeps_shape_type_and_range_and_repeats_itself(names, count, channels, height, width, seed, real):
-    images = torch.randint(256, (count, channels, height, width), dtype=torch.uint8)
-    images = images.float() / 255 if real else images
-    given, augment = images.clone(), Augment("+".join(names), mean=(0.5,) * channels)
+       height=st.integers(5, 24), width=st.integers(5, 24), seed=st.integers(0, 9))  # fmt: skip
+def test_augmentation_keeps_shape_and_type_and_repeats_itself(names, count, height, width, seed):
+    images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
+    given, augment = images.clone(), Augment("+".join(names), mean=(0.5,) * 3)
     one, two = (augment(images, rng.generator(seed, "x")) for _ in range(2))
     assert torch.equal(one, two) and one.shape == images.shape and one.dtype == images.dtype
     assert torch.equal(given, images), "what it is given stays"
-    assert not real or (one.min() >= 0 and one.max() <= 1)
 
 
 @FEW

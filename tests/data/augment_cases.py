@@ -44,7 +44,6 @@ REFERENCE = {
     "Solarize": TF.solarize,
     "AutoContrast": lambda x, m: TF.autocontrast(x),
     "Equalize": lambda x, m: TF.equalize(x),
-    "Hue": TF.adjust_hue,
 }
 
-FULL = "crop(4)+flip+randaugment(2,9)+jitter(0.4,0.4,0.4,0.1)+rotate(15)+erase(0.25)+trivial+rrc(0.08,1.0)"
+FULL = "crop(4)+flip+randaugment(2,9)+jitter(0.4,0.4,0.4)+rotate(15)+erase(0.25)+trivial+rrc(0.08,1.0)"

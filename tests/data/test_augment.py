@@ -1,8 +1,5 @@
 """Specs, reproducibility, normalising and mixing."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +7,8 @@ from augment_cases import FULL, difference, pictures, seeded
 from torchvision.transforms.v2 import functional as TF
 
 from vitlab.data.augment import Augment, beta, draw_mix, mix, normalize
-from vitlab.data.geometry import Crop, Flip, ResizedCrop
-from vitlab.data.randaugment import RandAugment
+from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop
+from vitlab.data.randaugment import RandAugment, TrivialAugment
 
 
 def test_augment_is_reproducible_and_leaves_its_input_alone():
@@ -43,45 +40,38 @@ def test_the_global_generator_is_not_touched():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_float_images_follow_the_uint8_ones():
-    images = pictures(64)
-    for part in FULL.split("+"):
-        whole = Augment(part)(images, seeded())
-        floating = Augment(part)(images.float() / 255, seeded())
-        assert floating.dtype == torch.float32
-        assert (floating * 255 - whole).abs().max() <= 0.501, part
-
-
-def test_spec_round_trips_and_is_hashable():
-    augment = Augment(FULL)
-    assert str(augment) == FULL and Augment(str(augment)) == augment and hash(Augment(FULL)) == hash(augment)
-    assert augment.operations[:3] == (Crop(4), Flip(), RandAugment(2, 9))
-    assert Augment("rrc(0.5, high=1)").operations == (ResizedCrop(0.5, 1),)
-    assert Augment("erase(scale=[0.1,0.2])").operations[0].scale == (0.1, 0.2)
-    assert Augment("crop+erase", mean=[0.1, 0.2, 0.3]).operations[1].mean == (0.1, 0.2, 0.3)
-    assert pickle.loads(pickle.dumps(augment)) == copy.deepcopy(augment) == augment
+def test_a_spec_is_read_into_operations():
+    operations = Augment(FULL).operations
+    assert operations[:3] == [Crop(4), Flip(), RandAugment(2, 9)] and len(operations) == 8
+    assert Augment(" rrc(0.5, 1) + trivial() ").operations == [ResizedCrop(0.5, 1), TrivialAugment()]
+    assert Augment("crop+erase", mean=[0.1, 0.2, 0.3]).operations[1] == Erase(0.5, (0.1, 0.2, 0.3))
     images = pictures(4)
-    assert Augment("")(images, seeded()) is images and str(Augment(" ")) == ""
+    assert Augment("")(images, seeded()) is Augment(" ")(images, seeded()) is images
 
 
 @pytest.mark.parametrize(
     "spec,named",
     [
         ("crop(4)+blur(3)", "'blur(3)'"),
-        ("crop(4)-flip", "'crop(4) - flip'"),
-        ("crop(4)+", "'crop(4)+'"),
+        ("crop(4)-flip", "'crop(4)-flip'"),
+        ("crop(4)+", "unknown augmentation ''"),
         ("__import__('os').system('true')", "__import__"),
         ("crop(print(1))", "crop(print(1))"),
-        ("crop(1,2,3,4)", "crop(1, 2, 3, 4)"),
+        ("crop(1,2,3,4)", "crop(1,2,3,4)"),
         ("crop(pad=4)", "crop(pad=4)"),
-        ("crop(-1)", "padding >= 0"),
-        ("flip(1.5)", "1.5"),
+        ("crop(-1)", "padding must be a whole number of 0..1000, not -1"),
+        ("crop(1.5)", "not 1.5"),
+        ("erase(1.5)", "p must be a number of 0..1, not 1.5"),
+        ("crop(4", "'crop(4'"),
+        ("crop(4]", "'crop(4]'"),
+        ("crop(4],[5)", "crop(4],[5)"),
         ("rotate(-3)", "-3"),
-        ("randaugment(2,31)", "m=31"),
-        ("jitter(0.4,0.4,0.4,0.6)", "hue=0.6"),
-        ("erase(0.25,(0.5,0.1))", "(0.5, 0.1)"),
+        ("randaugment(2,31)", "m must be a whole number of 0..30, not 31"),
+        ("jitter(0.4,0.4,-0.6)", "-0.6"),
+        ("jitter(hue=0.1)", "hue"),
+        ("rotate('a')", "'a'"),
         ("erase(value='random')", "value"),
-        ("rrc(1.0,0.08)", "(1.0, 0.08)"),
+        ("rrc(0.08,1.5)", "high must be"),
         (("crop",), "('crop',)"),
     ],
 )
@@ -90,7 +80,7 @@ def test_bad_specs_are_named(spec, named):
         Augment(spec)
     assert named in str(error.value)
     if isinstance(spec, str):
-        assert "crop(padding=4)" in str(error.value) and "trivial()" in str(error.value)
+        assert "crop(padding)" in str(error.value) and "trivial()" in str(error.value)
 
 
 def test_bad_batches_are_named():
@@ -98,32 +88,26 @@ def test_bad_batches_are_named():
     for bad, augment, named in [
         (images[0], "flip", "3, 32, 32"),
         (images.int(), "flip", "int32"),
+        (images.float() / 255, "flip", "float32"),
         (images[:, :2], "trivial", "2"),
         (images, "crop(32)", "32x32"),
-        (images, "erase(1.0,mean=(1,2))", "3 channels"),
     ]:
         with pytest.raises(ValueError, match=named):
             Augment(augment)(bad, seeded())
 
 
-@pytest.mark.parametrize("size", [None, 48, (16, 20), 32])
+@pytest.mark.parametrize("size", [None, 48, 20, 32])
 def test_normalize_is_torchvisions(size):
     images, mean, std = pictures(8), (0.49, 0.48, 0.44), (0.2, 0.25, 0.3)
     expected = images.float() / 255
     if size is not None:
-        target = [size, size] if isinstance(size, int) else list(size)
-        expected = TF.resize(expected, target, antialias=True)
+        expected = TF.resize(expected, [size, size], antialias=True)
     expected = TF.normalize(expected, mean, std)
     for source in (images, images.float() / 255):
         before = source.clone()
         assert torch.allclose(normalize(source, mean, std, size=size), expected, atol=1e-5)
         assert torch.equal(source, before)
-    half = normalize(images, mean, std, size=size, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), expected, rtol=0.005, atol=1e-4)
-    assert torch.equal(normalize(images, (0.5,), std), normalize(images, (0.5,) * 3, std))
-    for wrong in [((0.5, 0.5), std), (mean, (0.2, 0.2, 0.0))]:
-        with pytest.raises(ValueError, match="mean"):
-            normalize(images, *wrong)
+    assert torch.equal(normalize(images, (0.5,), (0.2,)), normalize(images, (0.5,) * 3, (0.2,) * 3))
 
 
 def test_smoothing_gives_torchs_loss():
@@ -197,15 +181,6 @@ def test_beta_is_the_distribution(alpha):
     assert beta(1e-3, 10_000, seeded()).isfinite().all()
 
 
-def test_bad_amounts_are_named():
-    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-    for amounts in ({"mixup": -1}, {"cutmix": -0.5}, {"smoothing": 1.5}):
-        with pytest.raises(ValueError, match=str(next(iter(amounts.values())))):
-            mix(images, labels, 2, seeded(), **amounts)
-    with pytest.raises(ValueError, match="uint8"):
-        mix(images.to(torch.uint8), labels, 2, seeded(), mixup=1.0)
-
-
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_pixels_for_the_same_draws_without_waiting():
     images = pictures(128)
@@ -215,8 +190,8 @@ def test_a_gpu_gives_the_same_pixels_for_the_same_draws_without_waiting():
     for operation in augment.operations:
         params = operation.draw(images, seeded())
         moved = [p.to(device) for p in params]
-        found = operation.apply(images.to(device), moved).cpu()
-        off = difference(found, operation.apply(images, params))
+        found = operation.apply(images.to(device), *moved).cpu()
+        off = difference(found, operation.apply(images, *params))
         assert (off <= 1).float().mean() > 0.998, operation
     on_device, generator = images.to(device), torch.Generator(device).manual_seed(0)
     labels = torch.zeros(128, dtype=torch.long, device=device)

@@ -79,9 +79,6 @@ def test_loading_changes_no_cache(mini_cifar):
     assert {p: p.read_bytes() for p in caches(root)} == before
     third = load("cifar10", root=root, val=50)
     assert torch.equal(third.train.images, first.train.images) and third.key == first.key
-    small = load("cifar10", root=root, val=50, size=16)
-    assert small.image_size == 16 and small.key != first.key and len(caches(root)) == 2
-    assert torch.equal(load("cifar10", root=root, val=50, size=16).val.images, small.val.images)
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, capsys):

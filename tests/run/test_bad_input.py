@@ -34,7 +34,7 @@ CASES = {
     "classes are the data's": ([*TRAIN, "--num-classes", "3"], "--num-classes 3"),
     "no such kind": ([*TRAIN, "--model", "lstm"], "kind='lstm': no such model; there are vit"),
     "a wrapper": (["train", "--model", "reduced", "--checkpoint", "{here}/new"], "--model reduced needs base"),
-    "one class": ([*TRAIN, "--dataset", "folder:{here}/one"], "one has the class folder cat only"),
+    "one class": ([*TRAIN, "--dataset", "folder:{here}/one"], "one has too few class folders (cat)"),
     "broken image": ([*TRAIN, "--dataset", "folder:{here}/broken"], "--skip-broken"),
     "no head": ([*EVALUATE, "--checkpoint", "{here}/headless.safetensors"], "headless.safetensors holds no model"),
     "no model": ([*EVALUATE, "--checkpoint", "{here}/text.safetensors"], "text.safetensors holds no model"),

@@ -1,18 +1,17 @@
 """Random augmentation of whole image batches: one draw an image, from an explicit generator, on any device.
 
-`Augment("crop(4)+flip+randaugment(2,9)")` reads a spec into operations. Each first draws its parameters for
-the batch and then applies them, without waiting for the host on a GPU. `normalize` makes the float images a
+`Augment("crop(4)+flip+randaugment(2,9)")` reads a spec into operations. `normalize` makes the float images a
 model takes; `mix` mixes them (mixup, cutmix) and gives soft targets.
 """
 
 import ast
 import dataclasses
-from dataclasses import dataclass, field
+import re
 
 import torch
 import torch.nn.functional as F
 
-from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop, Rotate, constant
+from vitlab.data.geometry import Crop, Erase, Flip, ResizedCrop, Rotate, constant, inside
 from vitlab.data.randaugment import Jitter, RandAugment, TrivialAugment
 
 OPERATIONS = {
@@ -27,116 +26,61 @@ OPERATIONS = {
 }
 
 
-def _allowed():
-    arguments = lambda kind: ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))  # noqa: E731
-    return ", ".join(f"{name}({arguments(kind)})" for name, kind in OPERATIONS.items())
-
-
-def _calls(node):
-    """The operands of a sum, left to right."""
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield node.right
-        node = node.left
-    yield node
-
-
-def _operation(node):
-    """One operation from `name` or `name(arguments)`; the arguments are literals."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    text = ast.unparse(node)
-    if not isinstance(call.func, ast.Name) or call.func.id not in OPERATIONS:
-        raise ValueError(f"unknown augmentation {text!r}; allowed: {_allowed()}")
-
-    def value(argument):
-        found = ast.literal_eval(argument)
-        return tuple(found) if isinstance(found, list) else found
-
-    try:
-        positional = [value(a) for a in call.args]
-        return OPERATIONS[call.func.id](*positional, **{k.arg: value(k.value) for k in call.keywords})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"augmentation {text!r}: {error}; allowed: {_allowed()}") from error
-
-
 def parse(spec):
-    """The operations of a spec such as "crop(4)+flip", as a tuple; ValueError names what is wrong."""
+    """The operations of a spec such as "crop(4)+flip", as a list; ValueError names what is wrong."""
     if not isinstance(spec, str):
         raise ValueError(f"an augmentation is a text such as 'crop(4)+flip', not {spec!r}")
-    if not spec.strip():
-        return ()
+    return [_operation(part.strip()) for part in spec.split("+")] if spec.strip() else []
+
+
+def _operation(text):
+    """One operation from `name` or `name(arguments)`; the arguments are literals."""
+    found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    kinds = {name: [f.name for f in dataclasses.fields(kind) if f.repr] for name, kind in OPERATIONS.items()}
+    allowed = "+".join(f"{name}({', '.join(fields)})" for name, fields in kinds.items())
+    if not found or found[1] not in OPERATIONS:
+        raise ValueError(f"unknown augmentation {text!r}; allowed: {allowed}")
     try:
-        tree = ast.parse(spec.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"augmentation {spec!r} is not a sum of calls; allowed: {_allowed()}") from error
-    return tuple(_operation(node) for node in reversed(list(_calls(tree))))
+        return OPERATIONS[found[1]](*ast.literal_eval(f"[{found[2] or ''}]"))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"augmentation {text!r}: {error}; allowed: {allowed}") from error
 
 
-@dataclass(frozen=True)
 class Augment:
     """A sequence of random operations, from a spec: operations joined by "+", applied from left to right.
 
-    crop(padding), flip(p), rrc(low, high, ratio), rotate(degrees), jitter(brightness, contrast,
-    saturation, hue), randaugment(n, m), trivial, erase(p, scale, ratio); "" changes nothing.
-    `str()` gives the spec back; equal specs are equal and hash alike.
-
-    mean: the data's mean colour in [0, 1], one number a channel, which `erase` fills with.
-
-    Calling it on uint8 B C H W images with a generator on their device gives such images. Float images in [0, 1]
-    stay float; the colour operations take them through 8 bits.
+    crop(padding), flip, rrc(low, high), rotate(degrees), jitter(brightness, contrast, saturation), randaugment(n, m),
+    trivial, erase(p); "" changes nothing. mean: the data's mean colour in [0, 1], one number a channel, which
+    `erase` fills with. Calling it on uint8 B C H W images with a generator on their device gives such images.
     """
 
-    spec: str = ""
-    mean: tuple | None = None
-    operations: tuple = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        operations = parse(self.spec)
-        if self.mean is not None:
-            mean = tuple(float(v) for v in self.mean)
-            object.__setattr__(self, "mean", mean)
-            coloured = lambda one: dataclasses.replace(one, mean=mean) if isinstance(one, Erase) else one  # noqa: E731
-            operations = tuple(map(coloured, operations))
-        object.__setattr__(self, "spec", self.spec.strip())
-        object.__setattr__(self, "operations", operations)
-
-    def __str__(self):
-        return self.spec
+    def __init__(self, spec="", mean=(0.5,)):
+        filled = lambda one: dataclasses.replace(one, mean=tuple(mean)) if isinstance(one, Erase) else one  # noqa: E731
+        self.operations = [filled(one) for one in parse(spec)]
 
     def __call__(self, images, generator):
-        if images.ndim != 4:
-            raise ValueError(f"a batch of images is B C H W, not of shape {tuple(images.shape)}")
-        if not (images.dtype == torch.uint8 or images.is_floating_point()):
-            raise ValueError(f"images are uint8 or float, not {images.dtype}")
-        if generator.device.type != images.device.type:
-            raise ValueError(f"a generator on {generator.device} cannot draw for images on {images.device}")
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(f"a batch of images is uint8 B C H W, not {images.dtype} {tuple(images.shape)}")
         for operation in self.operations:
-            images = operation.apply(images, operation.draw(images, generator))
+            images = operation.apply(images, *operation.draw(images, generator))
         return images
 
 
-def normalize(images, mean, std, size=None, dtype=torch.float32):
-    """(pixels - mean) / std as float B C H W, optionally resized on the images' device.
+def normalize(images, mean, std, size=None):
+    """(pixels - mean) / std as float32 B C H W, optionally resized on the images' device.
 
     images: B C H W, uint8, or float in [0, 1]; mean, std: numbers, one a channel (or one for all), of pixels
-    in [0, 1]; size: pixels a side or (height, width), bilinear, antialiased only where it shrinks. It is
-    reckoned in float32 and then turned to `dtype`. ValueError on other numbers of channels or std <= 0.
+    in [0, 1]; size: pixels a side, bilinear, antialiased only where it shrinks.
     """
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    if {len(mean), len(std)} - {1, images.shape[1]} or min(std) <= 0:
-        raise ValueError(f"mean {mean} and std {std} (above 0) do not suit {images.shape[1]} channels")
-    if len(mean) != len(std):
-        mean, std = (v * (images.shape[1] // len(v)) for v in (mean, std))
     largest = 1.0 if images.is_floating_point() else 255.0
     scale = constant(tuple(1 / (largest * s) for s in std), images.device)
     shift = constant(tuple(-m / s for m, s in zip(mean, std)), images.device)
-    pixels = images.float()
-    size, now = (size, size) if isinstance(size, int) else size, tuple(images.shape[2:])
-    if size is not None and tuple(size) != now:
-        shrinks = size[0] < now[0] or size[1] < now[1]
+    pixels = images.to(torch.float32, copy=True)
+    if size is not None and images.shape[2:] != (size, size):
+        shrinks = size < max(images.shape[2:])
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=shrinks)
-    # in place where the pixels are a copy: a second large buffer costs more than the arithmetic
-    pixels = pixels.mul(scale) if pixels is images else pixels.mul_(scale)
-    return pixels.add_(shift).to(dtype)
+    # in place: a second large buffer costs more than the arithmetic
+    return pixels.mul_(scale).add_(shift)
 
 
 def beta(alpha, count, generator):
@@ -164,12 +108,9 @@ def draw_mix(shape, generator, mixup, cutmix):
         return partner, beta(mixup, count, generator).view(-1, 1, 1, 1)
     side = (1 - beta(cutmix, count, generator)).sqrt()
     corner = torch.rand(2, count, generator=generator, dtype=torch.float64, device=device)
-    inside = []
-    for centre, size in zip(corner, (height, width)):
-        middle, half = (centre * size).long(), (0.5 * side * size).long()
-        place = torch.arange(size, device=device)
-        inside.append((place >= (middle - half)[:, None]) & (place < (middle + half)[:, None]))
-    own = 1.0 - (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1).double()
+    half = [(0.5 * side * size).long() for size in (height, width)]
+    top, left = ((centre * size).long() - h for centre, size, h in zip(corner, (height, width), half))
+    own = 1.0 - inside(top, left, 2 * half[0], 2 * half[1], height, width).double()
     if mixup:
         either = torch.rand(count, generator=generator, device=device).view(-1, 1, 1, 1) < 0.5
         own = torch.where(either, own, beta(mixup, count, generator).view(-1, 1, 1, 1))
@@ -181,15 +122,11 @@ def mix(images, labels, num_classes, generator, mixup=0.0, cutmix=0.0, smoothing
 
     images: float B C H W; labels: int64 B; mixup, cutmix: alpha of the Beta distribution of the share, one
     draw an image, 0 = off (with both on, each image takes either); smoothing: share of the target spread over
-    all classes. A target has the labels in the very shares their pixels have. ValueError on bad amounts.
+    all classes. A target has the labels in the very shares their pixels have.
     """
-    if mixup < 0 or cutmix < 0 or not 0 <= smoothing <= 1:
-        raise ValueError(f"mixup {mixup} and cutmix {cutmix} must be >= 0, smoothing {smoothing} in 0..1")
     targets = F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
     if not mixup and not cutmix:
         return images, targets
-    if not images.is_floating_point():
-        raise ValueError(f"mixing needs float images, not {images.dtype}")
     partner, own = draw_mix(images.shape, generator, mixup, cutmix)
     share = own.mean((1, 2, 3)).float().unsqueeze(1)  # B 1
     mixed = torch.lerp(images[partner], images, own.to(images.dtype))

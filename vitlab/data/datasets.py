@@ -1,7 +1,9 @@
 """Data sets as uint8 tensors on the device: loading, caching, splits and batches."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -9,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitlab.data import sources
 from vitlab.data.sources import DatasetMissing, Source
@@ -32,6 +33,9 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def __getitem__(self, rows):
+        return Split(self.images[rows], self.labels[rows])
+
     def to(self, device):
         return Split(self.images.to(device), self.labels.to(device))
 
@@ -42,8 +46,7 @@ class Split:
         first = torch.searchsorted(labels[by_class], labels[by_class])  # where each one's class begins
         rank = torch.empty_like(labels)
         rank[by_class] = torch.arange(len(labels)) - first
-        chosen = torch.argsort(rank, stable=True)[:n].sort().values.to(self.labels.device)
-        return Split(self.images[chosen], self.labels[chosen])
+        return self[torch.argsort(rank, stable=True)[:n].sort().values.to(self.labels.device)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,8 +84,8 @@ class Dataset:
     def with_train(self, images):
         """The same data with the first `images` training images (as `Split.take`); a key and a name of its own."""
         train = self.train.take(images)
-        return dataclasses.replace(self, train=train, name=f"{self.name}, {len(train):,} images",
-                                   key=digest([self.key, "train", len(train)]))  # fmt: skip
+        name, key = f"{self.name}, {len(train):,} images", digest([self.key, "train", len(train)])
+        return dataclasses.replace(self, train=train, name=name, key=key)
 
     def describe(self):
         """One line: name, sizes, shape, classes, key."""
@@ -97,17 +100,14 @@ class Dataset:
 def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error="raise"):
     """Load a data set as uint8 tensors on `device`.
 
-    name      "cifar10", "cifar100", "tiny-imagenet", "tiny" (3,000 images of CIFAR-10, bundled) or
-              "folder:PATH": PATH/{train,val,test}/CLASS/image or PATH/CLASS/image, any sizes and kinds of
-              image. The official validation images of Tiny ImageNet are the `test` here, since its own test
-              set has no labels.
+    name      "cifar10", "cifar100", "tiny-imagenet" (whose official validation images are the `test` here, since its
+              own have no labels), "tiny" (3,000 images of CIFAR-10, bundled) or "folder:PATH":
+              PATH/{train,val,test}/CLASS/image or PATH/CLASS/image, any sizes and kinds of image.
     root      folder with the data and their cache (root/cache); default $VITLAB_DATA, else ~/.cache/vitlab.
-    val       size of the validation split that is cut out of the training set, class by class in proportion,
-              drawn from `seed`; 0 leaves `val` empty. It is not applied where the data come with their own, as
-              "tiny" and folders with a val folder do. In a folder's images a count above a fifth of the training
-              set means a tenth of it.
-    size      height and width in pixels to scale to (bicubic, antialiased); default: as they are, 64 for
-              folders (short side to 64, then the centre).
+    val       size of the validation split that is cut out of the training set, class by class in proportion, drawn
+              from `seed`, unless the data come with their own, as "tiny" does; 0 leaves `val` empty. In a folder's
+              images a count above a fifth of the training set means a tenth of it.
+    size      height and width in pixels of a folder's images (short side to it, then the centre); default 64.
     on_error  "raise" stops at a broken image and names it; "skip" leaves it out and counts it in `.skipped`.
 
     A folder without a test folder gives a tenth of its training images, the same for every `seed`.
@@ -116,26 +116,13 @@ def load(name, *, root=None, device="cpu", val=5000, seed=0, size=None, on_error
     """
     _check(name, val, size, on_error)
     root = Path(root or sources.home()).expanduser()
-    if size == sources.NATIVE.get(name):
-        size = None
-    if name == "tiny":
-        source, about = _prepared(_resized(sources.tiny(), size))
-    else:  # images of a folder are decoded at their size, those of the others are scaled
-        scaled = None if name.startswith("folder:") else size
-        source, about = _opened(sources.plan(name, root, size), root, on_error, scaled)
-    splits, sums, cut = _split(source, about["sums"], name, val, seed)
-    sums = sums.sum(0).tolist()  # C [sum, sum of squares]
-    count = len(splits["train"]) * splits["train"].images[0, 0].numel()
-    std = [math.sqrt(count * square - total**2) / count / 255 for total, square in sums]
-    return Dataset(
-        name=name,
-        **splits,
-        classes=source.classes,
-        mean=tuple(total / count / 255 for total, _ in sums),
-        std=tuple(s or 1.0 for s in std),
-        key=digest([name.split(":")[0], about["content"], cut]),
-        skipped=source.skipped,
-    ).to(device)
+    source = sources.tiny() if name == "tiny" else _read(sources.plan(name, root, size), root, on_error)
+    content = _content(source)
+    splits, cut = _split(source, name, val, seed)
+    mean, std = _statistics(splits["train"].images)
+    key = digest([name.split(":")[0], content, cut])
+    found = Dataset(name, **splits, classes=source.classes, mean=mean, std=std, key=key, skipped=source.skipped)
+    return found.to(device)
 
 
 def batches(split, batch_size, *, generator=None, drop_last=False):
@@ -145,22 +132,12 @@ def batches(split, batch_size, *, generator=None, drop_last=False):
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
-    device = split.images.device
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"the generator is on {generator.device}, the images on {device}: make it on theirs")
-    return _batches(split, batch_size, generator, drop_last)
-
-
-def _batches(split, batch_size, generator, drop_last):
-    count = len(split)
-    device = split.images.device
-    order = None if generator is None else torch.randperm(count, generator=generator, device=device)
-    for start in range(0, count - batch_size + 1 if drop_last else count, batch_size):
-        if order is None:
-            yield split.images[start : start + batch_size], split.labels[start : start + batch_size]
-        else:
-            index = order[start : start + batch_size]
-            yield split.images.index_select(0, index), split.labels.index_select(0, index)
+    if generator is None:
+        found = zip(split.images.split(batch_size), split.labels.split(batch_size))
+    else:
+        order = torch.randperm(len(split), generator=generator, device=split.images.device).split(batch_size)
+        found = ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in order)
+    return itertools.islice(found, len(split) // batch_size if drop_last else math.ceil(len(split) / batch_size))
 
 
 def _check(name, val, size, on_error):
@@ -168,44 +145,59 @@ def _check(name, val, size, on_error):
         raise ValueError(f"name={name!r}: text is needed, such as 'cifar10' or 'folder:PATH'")
     if not isinstance(val, int) or isinstance(val, bool) or val < 0:
         raise ValueError(f"val={val!r}: a count of images, 0 or more")
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"size={size!r}: pixels, at least 1, or None")
+    if size is not None and not (isinstance(size, int) and size >= 1 and name.startswith("folder:")):
+        raise ValueError(f"size={size!r}: pixels, at least 1, of a folder's images, or None")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: allowed are 'raise' and 'skip'")
 
 
-def _split(source, sums, name, val, seed):
-    """Cut what is missing from train -> ({part: Split}, sums of train's, what the key depends on)."""
-    splits = {part: Split(*tensors) for part, tensors in source.splits.items()}
-    train, cut = [*source.splits["train"], sums], {}
+def _content(source):
+    """A hash of all there is of a source."""
+    found = hashlib.sha256(json.dumps([source.classes, source.skipped]).encode())
+    for part, (images, labels) in sorted(source.splits.items()):
+        found.update(f"{part} {tuple(images.shape)}".encode())
+        found.update(images.numpy())
+        found.update(labels.numpy())
+    return found.hexdigest()
+
+
+def _statistics(images):
+    """(mean, std) of the pixels in [0, 1], a number a channel, from exact sums; a constant channel's std reads 1."""
+    count = images[:, 0].numel()
+    levels = torch.arange(256)
+    pixels = [images[:, channel].flatten().bincount(minlength=256) for channel in range(images.shape[1])]
+    sums = [((n * levels).sum().item(), (n * levels**2).sum().item()) for n in pixels]
+    std = [math.sqrt(count * square - total**2) / count / 255 for total, square in sums]
+    return tuple(total / count / 255 for total, _ in sums), tuple(s or 1.0 for s in std)
+
+
+def _split(source, name, val, seed):
+    """Cut what is missing from train -> ({part: Split}, what the key depends on)."""
+    splits, cut = {part: Split(*tensors) for part, tensors in source.splits.items()}, {}
     if "test" not in splits:
-        cut["test"] = count = max(1, round(len(sums) / 10))
+        cut["test"] = count = max(1, round(len(splits["train"]) / 10))
         # not from `seed`: what is tested on must never become training data in another run
-        train, taken = _carve(train, count, stream(0, "test split"), f"{name}: test")
-        splits["test"] = Split(*taken[:2])
+        splits |= _carve(splits["train"], "test", count, stream(0, "test split"), f"{name}: test")
     if "val" not in splits:
-        available = len(train[1])
+        available = len(splits["train"])
         few = name.startswith("folder:") and val > available / 5
         count = max(1, round(available / 10)) if few else val
         cut |= {"val": count, "seed": seed if count else None}
-        train, taken = _carve(train, count, stream(seed, "validation split"), f"{name}: val={val}")
-        splits["val"] = Split(*taken[:2])
-    return splits | {"train": Split(*train[:2])}, train[2], cut
+        splits |= _carve(splits["train"], "val", count, stream(seed, "validation split"), f"{name}: val={val}")
+    return splits, cut
 
 
-def _carve(tensors, count, draw, what):
-    """Draw `count` rows of (images, labels, ...) -> (the rest, the drawn); the rest overwrites the tensors.
+def _carve(train, part, count, draw, what):
+    """Draw `count` images of train -> {"train": the rest, part: the drawn}; the rest overwrites train's tensors.
 
     The last rows move into the gaps, for a copy of all the rest would double the memory and take seconds.
     """
-    taken = _drawn(tensors[1], count, draw, what)
-    left = len(tensors[1]) - count
-    drawn = [t[taken] for t in tensors]
-    gaps, tail = taken[taken < left], torch.arange(left, left + count)
-    tail = tail[~torch.isin(tail, taken)]
-    for t in tensors:
-        t[gaps] = t[tail]
-    return [t[:left] for t in tensors], drawn
+    taken = _drawn(train.labels, count, draw, what)
+    left = len(train) - count
+    drawn, tail = train[taken], torch.arange(left, len(train))
+    for tensor in (train.images, train.labels):
+        tensor[taken[taken < left]] = tensor[tail[~torch.isin(tail, taken)]]
+    return {"train": train[:left], part: drawn}
 
 
 def _drawn(labels, count, draw, what):
@@ -224,66 +216,24 @@ def _drawn(labels, count, draw, what):
     return torch.cat(drawn).sort().values
 
 
-def _opened(plan, root, on_error, size):
-    """_prepared() of a plan's source, scaled to `size`: from a cache that is whole and in date, else anew."""
-    file = f"{plan.stem}-{size}.safetensors" if size else f"{plan.stem}.safetensors"
-    path = root / "cache" / file
-    if found := _read_cache(path, plan.stamp, on_error):
-        return found
-    source = _resized(_opened(plan, root, on_error, None)[0], size) if size else plan.read(on_error)
-    if plan.stamp is None:  # just downloaded
-        plan = sources.plan(plan.stem, root)
-    prepared = _prepared(source)
-    try:
-        _write_cache(path, plan.stamp, *prepared)
-    except OSError as error:
-        print(f"{path} cannot be written ({error}): the data are read anew each time", flush=True)
-    return prepared
-
-
-def _prepared(source):
-    """(source, what is worth keeping of it: a hash of all, and the sums of each training image's pixels)."""
-    content = hashlib.sha256(json.dumps([source.classes, source.skipped]).encode())
-    for part, (images, labels) in sorted(source.splits.items()):
-        content.update(f"{part} {tuple(images.shape)}".encode())
-        content.update(images.contiguous().numpy())
-        content.update(labels.contiguous().numpy())
-    chunks = source.splits["train"][0].split(1000)
-    sums = [torch.stack([c.sum((2, 3)), c.int().square().sum((2, 3))], 2) for c in chunks]
-    return source, {"content": content.hexdigest(), "sums": torch.cat(sums)}  # sums: int64 N C 2
-
-
-def _resized(source, size):
-    """The source scaled to `size`; None leaves it as it is."""
-    if size is None:
-        return source
-    splits = {}
-    for part, (images, labels) in source.splits.items():
-        chunks = [F.interpolate(c, (size, size), mode="bicubic", antialias=True) for c in images.split(1000)]
-        splits[part] = torch.cat(chunks), labels
-    return dataclasses.replace(source, splits=splits)
-
-
-def _write_cache(path, stamp, source, about):
-    tensors = {"sums": about["sums"]}
-    for part, (images, labels) in source.splits.items():
-        tensors |= {f"{part}_images": images, f"{part}_labels": labels}
-    facts = {"version": VERSION, "stamp": stamp, "content": about["content"]}
-    facts |= {"classes": source.classes, "skipped": source.skipped}
-    save_tensors(path, tensors, {"vitlab": json.dumps(facts)})
-
-
-def _read_cache(path, stamp, on_error):
-    """What _prepared gave when the cache was written; None unless it is there, whole and in date."""
-    try:
+def _read(plan, root, on_error):
+    """The source of a plan: from its cache if that is whole and in date, else anew."""
+    path = root / "cache" / f"{plan.stem}.safetensors"
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         tensors, said = load_tensors(path)
         facts = json.loads(said["vitlab"])
-        if facts["version"] != VERSION or (stamp is not None and facts["stamp"] != stamp):
-            return None
-        if facts["skipped"] and on_error == "raise":  # the broken images are to be named
-            return None
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
-    splits = {p: (tensors[f"{p}_images"], tensors[f"{p}_labels"]) for p in PARTS if f"{p}_images" in tensors}
-    source = Source(splits, tuple(facts["classes"]), facts["skipped"])
-    return source, {"content": facts["content"], "sums": tensors["sums"]}
+        in_date = facts["version"] == VERSION and plan.stamp in (None, facts["stamp"])
+        if in_date and not (facts["skipped"] and on_error == "raise"):  # the broken images are to be named
+            splits = {p: (tensors[f"{p}_images"], tensors[f"{p}_labels"]) for p in PARTS if f"{p}_images" in tensors}
+            return Source(splits, tuple(facts["classes"]), facts["skipped"])
+    source = plan.read(on_error)
+    if plan.stamp is None:  # just downloaded
+        plan = sources.plan(plan.stem, root)
+    facts = {"version": VERSION, "stamp": plan.stamp, "classes": source.classes, "skipped": source.skipped}
+    images = {f"{part}_images": found for part, (found, _) in source.splits.items()}
+    labels = {f"{part}_labels": found for part, (_, found) in source.splits.items()}
+    try:
+        save_tensors(path, images | labels, {"vitlab": json.dumps(facts)})
+    except OSError as error:
+        print(f"{path} cannot be written ({error}): the data are read anew each time", flush=True)
+    return source

@@ -3,21 +3,19 @@
 import io
 import os
 import re
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from vitlab.utils.files import digest
 
-FOLDER_SIZE = 64
 KINDS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # told by their content; Pillow opens other formats, too, one of them (EPS) by running another program
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -37,73 +35,59 @@ class Source:
     skipped: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to get a source: `read(on_error)`, and under which name and stamp its cache is kept.
-
-    A cache with another stamp is out of date. `stamp` None: the original is gone, any whole cache will do.
-    """
+class Plan(NamedTuple):
+    """How to get a source, and its cache's name and stamp: with another it is out of date, but for None any will do."""
 
     stem: str
     stamp: str | None
-    read: Callable[[str], Source]
+    read: Callable[[str], Source]  # read(on_error)
 
 
-def folder_plan(path, size=None):
+def folder_plan(path, size):
     """The Plan for a folder of class folders, or of train, val and test folders of those, `size` square."""
-    size = size or FOLDER_SIZE
     if not path.is_dir():
         raise DatasetMissing(f"folder:{path}: there is no folder {path.absolute()}")
     parts = {part: path / n for part, names in ALIASES.items() for n in names[::-1] if (path / n).is_dir()}
-    if not parts:
-        parts = {"train": path}
-    elif "train" not in parts:
+    if parts and "train" not in parts:
         raise ValueError(f"folder:{path} has {', '.join(p.name for p in parts.values())} but no train folder")
     items, classes = {}, None
-    for part, folder in parts.items():
+    for part, folder in (parts or {"train": path}).items():
         items[part], names = listing(folder)
-        if classes is not None and names != classes:
+        if names != (classes or names):
             odd = sorted(set(names) ^ set(classes))
             raise ValueError(f"folder:{path}: {folder.name} and train have different classes: {', '.join(odd[:10])}")
         classes = names
-    facts = [[f"{part}/{n}", *_facts(parts[part] / n)] for part in items for n, _ in items[part]]
+    stats = [(name, os.stat(name)) for part in items for name, _ in items[part]]
+    stamp = digest([[[name[len(str(path)) :], s.st_size, s.st_mtime_ns] for name, s in stats], classes, size])
     stem = f"folder-{re.sub(r'[^A-Za-z0-9_-]+', '-', path.name)}-{digest(str(path.resolve()), 8)}-{size}"
 
     def read(on_error):
-        joined = {part: [(str(parts[part] / n), k) for n, k in items[part]] for part in items}
-        splits, skipped = decode(lambda name: Path(name).read_bytes(), joined, size, on_error, path.name)
+        splits, skipped = decode(lambda name: Path(name).read_bytes(), items, size, on_error, path.name)
         for part, (_, labels) in splits.items():
-            demand_all(zip(labels, labels.tolist()), classes, f"{parts[part]} (after skipping broken images)")
+            demand_all(labels.tolist(), classes, f"{path}, {part} (after skipping broken images)")
         return Source(splits, tuple(classes), skipped)
 
-    return Plan(stem, digest([facts, classes, size]), read)
-
-
-def _facts(path):
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return Plan(stem, stamp, read)
 
 
 def listing(folder):
-    """([(relative name, label)], class names) in torchvision ImageFolder's order, without what is hidden."""
+    """([(path, label)], class names) in torchvision ImageFolder's order, without what is hidden."""
     # not by ImageFolder itself: importing torchvision takes longer than opening the cache
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    if not classes:
-        raise ValueError(f"{folder} has no class folders (one folder of images a class is expected)")
-    if len(classes) == 1:
-        raise ValueError(f"{folder} has the class folder {classes[0]} only: nothing to tell apart, two are needed")
-    items, start = [], len(str(folder)) + 1
+    if len(classes) < 2:
+        raise ValueError(f"{folder} has too few class folders ({', '.join(classes) or 'none'}): two are needed")
+    items = []
     for label, name in enumerate(classes):
         for top, _, files in sorted(os.walk(folder / name, followlinks=True)):
-            names = (os.path.join(top, file)[start:] for file in sorted(files) if file.lower().endswith(KINDS))
-            items += [(n, label) for n in names if not re.search(r"(^|[\\/])\.", n)]
-    demand_all(items, classes, f"{folder} (images end in {' '.join(KINDS)})")
+            paths = (os.path.join(top, file) for file in sorted(files) if file.lower().endswith(KINDS))
+            items += [(path, label) for path in paths if not re.search(r"[\\/]\.", path[len(str(folder)) :])]
+    demand_all([k for _, k in items], classes, f"{folder} (images end in {' '.join(KINDS)})")
     return items, classes
 
 
-def demand_all(items, classes, where):
+def demand_all(labels, classes, where):
     """ValueError naming the classes without an image."""
-    missing = sorted(set(range(len(classes))) - {k for _, k in items})
+    missing = sorted(set(range(len(classes))).difference(labels))
     if missing:
         raise ValueError(f"{where}: no images in class {', '.join(str(classes[k]) for k in missing[:10])}")
 
@@ -113,42 +97,33 @@ def decode(read, items, size, on_error, title):
 
     A file that is no whole image ends it with a ValueError that names it, or is left out (on_error="skip").
     """
-    count = sum(map(len, items.values()))
-    said = count > 2000
-    if said:
+    count, splits = sum(map(len, items.values())), {}
+    if count > 2000:
         print(f"{title}: reading {count:,} images (once; then from the cache)", flush=True)
-    bar = tqdm(total=count, unit="img", disable=not (said and sys.stderr.isatty()), leave=False)
-    splits, skipped = {}, 0
-    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+
+    def work(item):
+        try:
+            return picture(read(item[0]), size)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many kinds for broken files
+            if on_error == "skip":
+                return None
+            why = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(
+                f"{title}: {item[0]} cannot be read as an image: {why} "
+                f"(on_error='skip', or --skip-broken, leaves such files out)"
+            ) from error
+
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
         for part, named in items.items():
-            images, bad = np.empty((len(named), 3, size, size), np.uint8), {}
-
-            def work(start, named=named, images=images, bad=bad):
-                for i in range(start, min(start + 64, len(named))):
-                    if bad and on_error == "raise":
-                        return
-                    try:
-                        images[i] = picture(read(named[i][0]), size)
-                    except MemoryError:
-                        raise
-                    except Exception as error:  # Pillow raises many kinds for broken files
-                        bad[i] = error
-                    bar.update()
-
-            for _ in pool.map(work, range(0, len(named), 64)):
-                pass
-            if bad and on_error == "raise":
-                i = min(bad)
-                why = "of no known kind" if isinstance(bad[i], UnidentifiedImageError) else bad[i]
-                raise ValueError(
-                    f"{title}: {named[i][0]} cannot be read as an image: {why} "
-                    f"(on_error='skip', or --skip-broken, leaves such files out)"
-                ) from bad[i]
-            keep = [i for i in range(len(named)) if i not in bad]
-            labels = torch.tensor([named[i][1] for i in keep], dtype=torch.int64)
-            splits[part] = torch.from_numpy(images[keep] if bad else images), labels
-            skipped += len(bad)
-    if skipped:
+            images, labels = np.empty((len(named), 3, size, size), np.uint8), []
+            for image, (_, label) in zip(pool.imap(work, named, 64), named):
+                if image is not None:
+                    images[len(labels)] = image
+                    labels.append(label)
+            splits[part] = torch.from_numpy(images[: len(labels)]), torch.tensor(labels, dtype=torch.int64)
+    if skipped := count - sum(len(labels) for _, labels in splits.values()):
         print(f"{title}: {skipped:,} of {count:,} images could not be read and were skipped", flush=True)
     return splits, skipped
 

@@ -1,23 +1,34 @@
 """Random crops, flips, rotations and erasing of whole batches: one draw an image, on any device.
 
-Each class draws its parameters for the batch first (`draw`) and applies them second (`apply`), so that they
-can be looked at and tested; neither waits for the host on a GPU. The rules of the draws are torchvision's.
-Images are B C H W, uint8 or float.
+The rules of the draws are torchvision's. Images are uint8 B C H W.
 """
 
+import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from vitlab.data.imageops import rotate
+
+def limited(default, most=1000):
+    """A field of an `Operation` that takes numbers of 0..most; whole ones where it is an int."""
+    return field(default=default, metadata={"most": most})
 
 
-def _check_number(value, name, most):
-    if not (isinstance(value, (int, float)) and 0 <= value <= most):
-        raise ValueError(f"{name} must be a number of 0..{most}, not {value!r}")
+class Operation:
+    """What draws its parameters for a batch first (`draw`) and applies them second (`apply`), to be looked at between.
+
+    Neither waits for the host on a GPU. ValueError for fields out of their limits.
+    """
+
+    def __post_init__(self):
+        for known in (f for f in dataclasses.fields(self) if "most" in f.metadata):
+            value, most = getattr(self, known.name), known.metadata["most"]
+            if not isinstance(value, (int, known.type)) or not 0 <= value <= most:
+                kind = "whole number" if known.type is int else "number"
+                raise ValueError(f"{known.name} must be a {kind} of 0..{most}, not {value!r}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -30,23 +41,19 @@ def _uniform(generator, device, *shape, low=0.0, high=1.0):
     return torch.rand(*shape, generator=generator, device=device, dtype=torch.float64) * (high - low) + low
 
 
-def _check_range(value, name):
-    numbers = isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value)
-    if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-        raise ValueError(f"{name} must be two numbers above 0, the smaller first, not {value!r}")
+def _box(images, generator, scale, ratio, most):
+    """(sides int64 B, other sides int64 B, bool B whether they fit) of a box an image, by torchvision's rule.
 
-
-def _box(generator, device, count, height, width, scale, ratio, tries=10):
-    """Heights and widths, int64 count x tries, by torchvision's rule for boxes; those of a try may exceed the image."""
-    area = _uniform(generator, device, count, tries, low=scale[0], high=scale[1]) * (height * width)
-    aspect = _uniform(generator, device, count, tries, low=math.log(ratio[0]), high=math.log(ratio[1])).exp()
-    return (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-
-
-def _first(fits, values, otherwise):
-    """The value of the first try that fits (count x tries), else `otherwise`."""
-    chosen = values.gather(1, fits.long().argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(fits.any(1), chosen, otherwise)
+    The first of ten with a share within `scale` of the area and sides of a ratio within `ratio` that are no longer
+    than `most`, a pair.
+    """
+    tries = images.device, len(images), 10
+    area = _uniform(generator, *tries, low=scale[0], high=scale[1]) * math.prod(images.shape[2:])
+    aspect = _uniform(generator, *tries, low=math.log(ratio[0]), high=math.log(ratio[1])).exp()
+    sides, others = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (sides > 0) & (sides <= most[0]) & (others > 0) & (others <= most[1])
+    first = fits.long().argmax(1, keepdim=True)
+    return sides.gather(1, first).squeeze(1), others.gather(1, first).squeeze(1), fits.any(1)
 
 
 def _place(generator, room):
@@ -54,157 +61,129 @@ def _place(generator, room):
     return (_uniform(generator, room.device, *room.shape) * (room + 1)).long()
 
 
+def inside(top, left, tall, wide, height, width):
+    """Which pixels lie in each image's box (int64 B each): bool B 1 height width."""
+    rows, columns = _within(top, tall, height), _within(left, wide, width)
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+
+
+def _within(start, length, size):
+    """Which of the places 0 to size - 1 lie within [start, start + length): bool B size."""
+    place = torch.arange(size, device=start.device)
+    return (place >= start[:, None]) & (place < (start + length)[:, None])
+
+
 @dataclass(frozen=True)
-class Crop:
+class Crop(Operation):
     """Pad every side by `padding` reflected pixels and cut out the image's size at random."""
 
-    padding: int = 4
-
-    def __post_init__(self):
-        if not (isinstance(self.padding, int) and self.padding >= 0):
-            raise ValueError(f"crop takes a padding >= 0, not {self}")
+    padding: int = limited(4)
 
     def draw(self, images, generator):
-        """(top, left) in the padded image, int64 B."""
-        top, left = torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator, device=images.device)
-        return top, left
+        """(top, left) in the padded image, int64 2 x B."""
+        return torch.randint(2 * self.padding + 1, (2, len(images)), generator=generator, device=images.device)
 
-    def apply(self, images, params):
-        count, channels, height, width = images.shape
+    def apply(self, images, top, left):
+        height, width = images.shape[2:]
         if self.padding >= min(height, width):
             raise ValueError(f"crop({self.padding}): the padding must be below the size, {height}x{width}")
         # torch reflects whole numbers on the CPU only; levels up to 255 are exact in float
-        source = images if images.device.type == "cpu" else images.float()
+        source = images if images.is_cpu else images.float()
         padded = F.pad(source, (self.padding,) * 4, mode="reflect").to(images.dtype)
-        top, left = params
-        # every row of the result is one run of memory: its place in the padded batch, B C H
-        row = torch.arange(count * channels, device=images.device).view(count, channels, 1) * padded.shape[2]
-        row = row + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
-        start = row * padded.shape[3] + left.view(-1, 1, 1)
-        return padded.reshape(-1).unfold(0, width, 1).index_select(0, start.flatten()).view(images.shape)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # B C top left H W
+        return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 @dataclass(frozen=True)
-class Flip:
-    """Mirror left and right with probability `p`."""
-
-    p: float = 0.5
-
-    def __post_init__(self):
-        _check_number(self.p, "flip's probability", 1)
+class Flip(Operation):
+    """Mirror left and right with probability 1/2."""
 
     def draw(self, images, generator):
-        return (_uniform(generator, images.device, len(images)) < self.p,)
+        return (_uniform(generator, images.device, len(images)) < 0.5,)
 
-    def apply(self, images, params):
+    def apply(self, images, flipped):
         # choosing whole images from both versions copies memory in long runs, unlike a mask
         both = torch.cat((images, images.flip(3)))
-        return both.index_select(0, torch.arange(len(images), device=images.device) + params[0] * len(images))
+        return both.index_select(0, torch.arange(len(images), device=images.device) + flipped * len(images))
+
+
+def affine(images, xx=1.0, xy=0.0, x=0.0, yx=0.0, yy=1.0, y=0.0):
+    """Nearest-neighbour affine map, black outside, from output to input pixels measured from the centre.
+
+    images: B C H W; the input's x is xx * x + xy * y + x of the output's, its y likewise, each a number or float64 B.
+    """
+    height, width = images.shape[2:]
+    centred = (torch.arange(n, device=images.device) - (n - 1) / 2 for n in (height, width))
+    down, across = torch.meshgrid(*centred, indexing="ij")
+    base = torch.stack((across, down, torch.ones_like(down)), -1).view(1, -1, 3)
+    none = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    theta = torch.stack([none + v for v in (xx, yx, xy, yy, x, y)], 1).float().view(-1, 3, 2)
+    theta /= torch.stack((none + width / 2, none + height / 2), 1).float().unsqueeze(1)
+    grid = base.expand(len(images), -1, -1).bmm(theta).view(-1, height, width, 2)
+    moved = F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return moved.to(images.dtype)
 
 
 @dataclass(frozen=True)
-class Rotate:
-    """Rotate by an angle within -+ `degrees` about the centre, nearest neighbour, black outside."""
+class Rotate(Operation):
+    """Rotate counter-clockwise by an angle within -+ `degrees` about the centre, nearest neighbour, black outside."""
 
-    degrees: float = 15.0
-
-    def __post_init__(self):
-        _check_number(self.degrees, "rotate's degrees", 360)
+    degrees: float = limited(15.0, 360)
 
     def draw(self, images, generator):
         return (_uniform(generator, images.device, len(images), low=-self.degrees, high=self.degrees),)
 
-    def apply(self, images, params):
-        return rotate(images, params[0])
+    def apply(self, images, degrees):
+        cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+        return affine(images, xx=cos, xy=-sin, yx=sin, yy=cos)
 
 
 @dataclass(frozen=True)
-class Erase:
-    """With probability `p` fill a box of `scale` of the area and aspect `ratio` (arXiv:1708.04896).
+class Erase(Operation):
+    """With probability `p` fill a box of 2-33 % of the area and aspect 0.3-3.3 (arXiv:1708.04896) with `mean`.
 
-    torchvision erases after normalising, where its 0 is the data's mean colour; here erasing comes before, and
-    fills with `mean`, the data's mean colour in [0, 1] (which `Augment(spec, mean=...)` sets), or without one
-    with the image's own mean colour.
+    torchvision erases after normalising, where its 0 is the data's mean colour; here erasing comes before:
+    `Augment(spec, mean=...)` sets that colour, one number a channel in [0, 1].
     """
 
-    p: float = 0.5
-    scale: tuple = (0.02, 0.33)
-    ratio: tuple = (0.3, 3.3)
-    mean: tuple | None = None
-
-    def __post_init__(self):
-        _check_number(self.p, "erase's probability", 1)
-        _check_range(self.scale, "erase scale")
-        _check_range(self.ratio, "erase ratio")
+    p: float = limited(0.5, 1)
+    mean: tuple = field(default=(0.5,), repr=False)  # not of the spec
 
     def draw(self, images, generator):
         """(top, left, height, width), int64 B, the last two 0 where nothing is erased."""
-        count, _, height, width = images.shape
-        device, none = images.device, torch.zeros(count, dtype=torch.long, device=images.device)
-        tall, wide = _box(generator, device, count, height, width, self.scale, self.ratio)
-        fits = (tall < height) & (wide < width)
-        tall, wide = _first(fits, tall, none), _first(fits, wide, none)
+        height, width = images.shape[2:]
+        tall, wide, fits = _box(images, generator, (0.02, 0.33), (0.3, 3.3), (height - 1, width - 1))
+        tall, wide = tall * fits, wide * fits
         top, left = _place(generator, height - tall), _place(generator, width - wide)
-        erased = _uniform(generator, device, count) < self.p
+        erased = _uniform(generator, images.device, len(images)) < self.p
         return top, left, tall * erased, wide * erased
 
-    def apply(self, images, params):
-        top, left, tall, wide = params
-        y, x = (torch.arange(size, device=images.device) for size in images.shape[2:])
-        rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
-        columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
-        inside = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
-        return torch.where(inside, self._fill(images), images)
-
-    def _fill(self, images):
-        """What to fill with, in the images' dtype and units, B|1 C|1 1 1."""
-        whole = not images.is_floating_point()
-        if self.mean is None:
-            fill = images.float().mean((2, 3), keepdim=True) / (255 if whole else 1)
-        else:
-            fill = constant(self.mean, images.device)
-        if fill.shape[1] not in (1, images.shape[1]):
-            raise ValueError(f"erase: a mean of {fill.shape[1]} values for images of {images.shape[1]} channels")
-        return (fill.mul(255).round_() if whole else fill).to(images.dtype)
+    def apply(self, images, top, left, tall, wide):
+        fill = constant(self.mean, images.device).mul(255).round_().to(images.dtype)
+        return torch.where(inside(top, left, tall, wide, *images.shape[2:]), fill, images)
 
 
 @dataclass(frozen=True)
-class ResizedCrop:
-    """Cut a box of `low`..`high` of the area and aspect `ratio` (width / height), and resize it to the image's size.
+class ResizedCrop(Operation):
+    """Cut a box of `low`..`high` of the area and aspect 3/4-4/3, and resize it to the image's size.
 
-    torchvision's RandomResizedCrop: bilinear with antialiasing.
+    torchvision's RandomResizedCrop for square images: bilinear with antialiasing.
     """
 
-    low: float = 0.08
-    high: float = 1.0
-    ratio: tuple = (3 / 4, 4 / 3)
-
-    def __post_init__(self):
-        _check_range((self.low, self.high), "rrc scale")
-        _check_range(self.ratio, "rrc ratio")
+    low: float = limited(0.08, 1)
+    high: float = limited(1.0, 1)
 
     def draw(self, images, generator):
         """(top, left, height, width), int64 B."""
-        count, _, height, width = images.shape
-        scale = self.low, self.high
-        wide, tall = _box(generator, images.device, count, height, width, scale, self.ratio)
-        fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-        # where no try fits: as much of the middle as the ratio allows
-        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
-        middle = torch.ones_like(wide[:, 0])
-        tall = _first(fits, tall, middle * min(height, round(width / shape)))
-        wide = _first(fits, wide, middle * min(width, round(height * shape)))
-        room_y, room_x = height - tall, width - wide
-        top, left = _place(generator, room_y), _place(generator, room_x)
-        found = fits.any(1)
-        return torch.where(found, top, room_y // 2), torch.where(found, left, room_x // 2), tall, wide
+        height, width = images.shape[2:]
+        wide, tall, fits = _box(images, generator, (self.low, self.high), (3 / 4, 4 / 3), (width, height))
+        tall, wide = torch.where(fits, tall, height), torch.where(fits, wide, width)
+        return _place(generator, height - tall), _place(generator, width - wide), tall, wide
 
-    def apply(self, images, params):
-        top, left, tall, wide = params
+    def apply(self, images, top, left, tall, wide):
         down = _resampling(top, tall, images.shape[2]).unsqueeze(1)  # B 1 H H
         across = _resampling(left, wide, images.shape[3]).unsqueeze(1)  # B 1 W W
-        resized = down @ images.float() @ across.mT
-        return (resized if images.is_floating_point() else resized.round_().clamp_(0, 255)).to(images.dtype)
+        return (down @ images.float() @ across.mT).round_().clamp_(0, 255).to(images.dtype)
 
 
 def _resampling(start, length, size):
@@ -213,6 +192,5 @@ def _resampling(start, length, size):
     place = torch.arange(size, device=start.device)
     centre = scale * (place.view(1, -1, 1) + 0.5)
     weight = 1 - ((place - start.view(-1, 1, 1) + 0.5 - centre) / scale.clamp(min=1)).abs()
-    inside = (place >= start[:, None]) & (place < (start + length)[:, None])  # B size
-    weight = weight.clamp_(min=0) * inside.unsqueeze(1)
+    weight = weight.clamp_(min=0) * _within(start, length, size).unsqueeze(1)
     return weight / weight.sum(2, keepdim=True)

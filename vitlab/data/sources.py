@@ -18,15 +18,10 @@ from PIL import Image
 from vitlab.data.folders import DatasetMissing, Plan, Source, decode, demand_all, folder_plan
 from vitlab.utils.files import atomic, digest
 
-HOME = "~/.cache/vitlab"
-NATIVE = {"cifar10": 32, "cifar100": 32, "tiny": 32, "tiny-imagenet": 64}
 ZIP = "tiny-imagenet-200.zip"
 ZIP_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-MISSING = """data set {name!r} is not there. Looked for
-{places}
-Two ways to get it: put the file there (another folder: root=... or VITLAB_DATA); or let it be downloaded from {url} to
-{root}, which failed just now: {problem}"""
+ZIP_SIZE = 64  # pixels a side of its images
 TIMEOUT = 20  # seconds without a byte before a download is given up
 # SHA-256 of the sorted SHA-256 sums of (pixels, label) of all images: of the set, whatever its order
 CIFAR_SUMS = {
@@ -46,13 +41,13 @@ def plan(name, root, size=None):
         facts = path.stat() if path.exists() else None
         return Plan(name, facts and digest([facts.st_size, facts.st_mtime_ns]), partial(tiny_imagenet, path))
     if name.startswith("folder:") and name != "folder:":
-        return folder_plan(Path(name.removeprefix("folder:")).expanduser(), size)
-    raise ValueError(f"unknown data set {name!r}: allowed are {', '.join(NATIVE)} and folder:PATH")
+        return folder_plan(Path(name.removeprefix("folder:")).expanduser(), size or 64)
+    raise ValueError(f"unknown data set {name!r}: allowed are cifar10, cifar100, tiny, tiny-imagenet and folder:PATH")
 
 
 def home():
     """The folder for data where nothing else is said: $VITLAB_DATA, else ~/.cache/vitlab."""
-    return Path(os.environ.get("VITLAB_DATA") or HOME).expanduser()
+    return Path(os.environ.get("VITLAB_DATA") or "~/.cache/vitlab").expanduser()
 
 
 def tiny():
@@ -61,28 +56,23 @@ def tiny():
     about = json.loads((assets / "tiny.json").read_text())
     with Image.open(io.BytesIO((assets / "tiny.webp").read_bytes())) as mosaic:
         grid = np.asarray(mosaic.convert("RGB"))
-    columns = about["columns"]
-    side = grid.shape[1] // columns
-    tiles = grid.reshape(-1, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
-    tiles = tiles.reshape(-1, side, side, 3)  # N H W C
-    splits, start = {}, 0
+    tiles = grid.reshape(-1, 32, about["columns"], 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)  # N H W C
+    splits = {}
     for part, said in about["splits"].items():
-        pixels = tiles[start : start + len(said["labels"])]
+        pixels, tiles = np.split(tiles, [len(said["labels"])])
         if hashlib.sha256(pixels.tobytes()).hexdigest() != said["sha256"]:
             raise ValueError(f"the bundled data set's {part} pixels are damaged: install the package again")
         splits[part] = _tensors(pixels, said["labels"])
-        start += len(pixels)
     return Source(splits, _official_classes("cifar10"))
 
 
 def cifar(name, root):
     """CIFAR-10 or -100 (Krizhevsky 2009) from root/<name>.npz, else the official files, else downloaded.
 
-    The npz holds x_train, x_test (uint8 N 32 32 3) and y_train, y_test. Its pixels and labels are checked
-    against recorded sums (ValueError), since JPEG copies circulate that cost 2-3 points of accuracy;
-    torchvision checks the official files. CIFAR-10 keeps its order; CIFAR-100 is put in the order of its
-    images' SHA-256, because its copies come in different ones. DatasetMissing if it is nowhere and the
-    download fails.
+    The npz holds x_train, x_test (uint8 N 32 32 3) and y_train, y_test. ValueError unless its pixels and labels have
+    the recorded sums, since JPEG copies circulate that cost 2-3 points of accuracy; torchvision checks the official
+    files. CIFAR-10 keeps its order; CIFAR-100 is put in the order of its images' SHA-256, because its copies come in
+    different ones. DatasetMissing if it is nowhere and the download fails.
     """
     path = root / f"{name}.npz"
     parts = _from_npz(name, path) if path.exists() else _from_torchvision(name, root, path)
@@ -92,21 +82,18 @@ def cifar(name, root):
 
 
 def _from_npz(name, path):
-    parts = {}
     try:
         with np.load(path, allow_pickle=False) as data:
-            for part in ("train", "test"):
-                parts[part] = data[f"x_{part}"], data[f"y_{part}"].ravel()
+            parts = {part: (data[f"x_{part}"], data[f"y_{part}"].ravel()) for part in ("train", "test")}
     except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as npz with x_train, y_train, x_test, y_test: {error}") from error
     for part, (pixels, labels) in parts.items():
-        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3):
-            raise ValueError(f"{path}: x_{part} is {pixels.dtype} {pixels.shape}, not uint8 ({len(labels)}, 32, 32, 3)")
-        if _set_sum(pixels, labels) != CIFAR_SUMS[f"{name}/{part}"]:
+        right = pixels.dtype == np.uint8 and pixels.shape == (len(labels), 32, 32, 3)
+        if not right or _set_sum(pixels, labels) != CIFAR_SUMS[f"{name}/{part}"]:
             raise ValueError(
-                f"{path}: x_{part} and y_{part} are not pixels and labels of the official {name} (SHA-256 of "
-                f"the set of images). JPEG or resized copies are refused: use the official python files, or "
-                f"remove this file to have them downloaded"
+                f"{path}: x_{part} ({pixels.dtype} {pixels.shape}) and y_{part} are not pixels and labels of the "
+                f"official {name} (SHA-256 of the set of images). JPEG or resized copies are refused: use the official "
+                f"python files, or remove this file to have them downloaded"
             )
     return parts
 
@@ -115,11 +102,9 @@ def _from_torchvision(name, root, npz):
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    try:
-        sets = [kind(root, train=train) for train in (True, False)]
-    except RuntimeError:  # not there, or its checksums are wrong
-        fetch = lambda: [kind(root, train=train, download=True) for train in (True, False)]  # noqa: E731
-        sets = _downloaded(name, fetch, kind.url, (npz, root / kind.base_folder, root / kind.filename))
+    # which downloads only what is not there, or is there with other checksums
+    fetch = lambda: [kind(root, train=train, download=True) for train in (True, False)]  # noqa: E731
+    sets = _downloaded(name, fetch, kind.url, (npz, root / kind.base_folder, root / kind.filename))
     return {part: (found.data, np.asarray(found.targets)) for part, found in zip(("train", "test"), sets)}
 
 
@@ -153,16 +138,14 @@ def tiny_imagenet(path, on_error="raise"):
             ids = sorted(read("wnids.txt").decode().split())
             number = {wnid: k for k, wnid in enumerate(ids)}
             words = dict(_rows(read("words.txt")))
-            marks = _rows(read("val/val_annotations.txt"))
-            marks = [(f"val/images/{image}", number[wnid]) for image, wnid in marks]
+            marks = [(f"val/images/{image}", number[wnid]) for image, wnid in _rows(read("val/val_annotations.txt"))]
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is not laid out as Tiny ImageNet: {error!r}") from error
-        names = sorted(name.removeprefix(top) for name in archive.namelist())
-        found = (re.fullmatch(r"train/(\w+)/images/[^/]+\.JPEG", name) for name in names)
-        items = {"train": [(m[0], number[m[1]]) for m in found if m and m[1] in number], "test": marks}
+        found = (re.fullmatch(r"(train/(\w+)/images/[^/]+\.JPEG)", n.removeprefix(top)) for n in archive.namelist())
+        items = {"train": sorted((m[1], number[m[2]]) for m in found if m and m[2] in number), "test": marks}
         for part in items:
-            demand_all(items[part], ids, f"{path}, {part}")
-        splits, skipped = decode(read, items, NATIVE["tiny-imagenet"], on_error, "tiny-imagenet")
+            demand_all([k for _, k in items[part]], ids, f"{path}, {part}")
+        splits, skipped = decode(read, items, ZIP_SIZE, on_error, "tiny-imagenet")
     first = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
     classes = tuple(w if first.count(w) == 1 else f"{w} ({wnid})" for w, wnid in zip(first, ids))
     return Source(splits, classes, skipped)
@@ -187,9 +170,12 @@ def _downloaded(name, fetch, url, looked):
     try:
         return fetch()
     except Exception as error:
-        places, problem = "\n".join(f"  {path}" for path in looked), f"{type(error).__name__}: {error}"
-        told = MISSING.format(name=name, places=places, url=url, root=looked[0].parent, problem=problem)
-        raise DatasetMissing(told) from error
+        places = "\n".join(f"  {path}" for path in looked)
+        raise DatasetMissing(
+            f"data set {name!r} is not there. Looked for\n{places}\n"
+            f"Two ways to get it: put the file there (another folder: root=... or VITLAB_DATA); or let it be "
+            f"downloaded from {url} to\n{looked[0].parent}, which failed just now: {type(error).__name__}: {error}"
+        ) from error
     finally:
         socket.setdefaulttimeout(before)
 
