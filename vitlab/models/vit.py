@@ -188,15 +188,14 @@ class ViTConfig:
     def macs(self):
         """Multiply-accumulates of one image (matmuls and convolutions).
 
-        Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
-        N D (2 Q + V) + N^2 (Q + V) + N V D, or what an attention of another kind is counted to do, + 2 N D H (3 with
-        a GLU) + 9 n H for a depthwise 3x3 over n patches. Where heads are filled up (`BlockShape.padded`), Q and V are
-        those of the filled-up widths; else a head without query/key channels averages its values: no product.
+        Softmax attention of N tokens of width D, query/key width Q and value width V over the heads: 2 N D (Q + V) +
+        N^2 (Q + V); another kind is counted. Where heads are filled up (`BlockShape.padded`), the N^2 are of those
+        widths; else a head without query/key channels averages its values: no product.
         """
         n, d = self.tokens, self.dim
-        hidden, classes = self.head_hidden, self.num_classes
         total = counted(partial(STEMS[self.stem], self), 1, self.in_chans, self.image_size, self.image_size)
-        total += (d * classes if hidden is None else d * hidden + hidden * classes) * (1 + self.distilled)
+        head = d * self.num_classes if self.head_hidden is None else self.head_hidden * (d + self.num_classes)
+        total += head * (1 + self.distilled)
         for i, block in enumerate(self.shapes):
             if self.attention == "softmax":
                 total += n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
