@@ -186,8 +186,7 @@ class ViTConfig:
         return padded or sum(qk + v for qk, v in block.each_head if qk)
 
     def macs(self):
-        """Multiply-accumulates of one image (matmuls and convolutions).
-
+        """Multiply-accumulates of one image: matmuls and convolutions.
         Softmax attention of N tokens of width D, query/key width Q and value width V over the heads: 2 N D (Q + V) +
         N^2 (Q + V); another kind is counted. Where heads are filled up (`BlockShape.padded`), the N^2 are of those
         widths; else a head without query/key channels averages its values: no product.
