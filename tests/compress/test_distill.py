@@ -88,6 +88,23 @@ def test_objective_against_float64(kind, temperature, alpha, distilled):
     assert set(logs) == {"accuracy", "ce", "kd", "agreement"}
 
 
+def test_timms_distillation_is_the_same_loss_and_gradient():
+    task, held = pytest.importorskip("timm.task"), pytest.importorskip("timm.task.distillation")
+    model, teacher, seen, found = student(), student(depth=2).eval(), batch(), []
+    model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # its teacher's
+    theirs = task.LogitDistillationTask(
+        model, held.DistillationTeacher(copy.deepcopy(teacher), device="cpu"), criterion=nn.CrossEntropyLoss(),
+        task_loss_weight=0.4, temperature=3.0, device="cpu", verbose=False,
+    )  # fmt: skip
+    for loss in (lambda: Distill(teacher, temperature=3.0, alpha=0.6)(model, seen)[0],
+                 lambda: theirs(seen.images, seen.targets)["loss"]):  # fmt: skip
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        found.append((value, model.blocks[0].attn.qkv.weight.grad.clone()))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found))
+
+
 def test_the_teachers_logits_are_of_the_same_images():
     class Spy(nn.Module):
         def __init__(self):

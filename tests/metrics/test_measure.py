@@ -17,7 +17,7 @@ def test_the_row_has_every_column_and_says_what_was_not_measured():
     split = random_split(20, 10, size=16)
     data = types.SimpleNamespace(test=split, num_classes=10, **PIXELS)
     model = small_timm(img_size=16, embed_dim=48, depth=1, num_classes=10)
-    row = measure.measure(model, data, batch=8, seconds=0.05, energy_seconds=0.1)
+    row = measure.measure(model, data, batch=8, seconds=0.05)
     assert list(row)[: len(measure.COLUMNS)] == list(measure.COLUMNS)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     found = accuracy(model, split, **PIXELS, num_classes=10)
@@ -40,7 +40,7 @@ def test_the_row_has_every_column_and_says_what_was_not_measured():
 @pytest.mark.parametrize(
     "options, says",
     [({"batch": 0}, "batch=0"), ({"batch": 2.5}, "batch=2.5"), ({"seconds": 0}, "seconds=0"),
-     ({"seconds": math.nan}, "seconds=nan"), ({"energy_seconds": -1}, "energy_seconds=-1")],
+     ({"seconds": math.nan}, "seconds=nan"), ({"seconds": -1}, "seconds=-1")],
 )  # fmt: skip
 def test_nonsense_is_not_measured(options, says):
     with pytest.raises(ValueError, match=says):

@@ -7,14 +7,7 @@ import torch
 from scipy import stats
 
 from vitlab.metrics.predict import kl_divergence
-from vitlab.metrics.statistics import (
-    Difference,
-    holm,
-    paired_difference,
-    seed_difference,
-    t_interval,
-    t_quantile,
-)
+from vitlab.metrics.statistics import Difference, holm, paired_difference, seed_difference, t_interval
 
 
 def pair(both, only_a, only_b, neither):
@@ -62,12 +55,6 @@ def test_a_difference_is_clear_outside_its_interval_only():
     assert not Difference(1, -0.2, 2.2, 0.1).clear
     one, other = paired_difference(*pair(800, 60, 30, 110)), paired_difference(*pair(800, 30, 60, 110))
     assert one.clear and one.points == -other.points and one.low == pytest.approx(-other.high)
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 10, 31, 100])
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.975, 0.9995])
-def test_t_quantile_is_scipys(share, degrees):
-    assert t_quantile(share, degrees) == pytest.approx(stats.t.ppf(share, degrees), rel=1e-9, abs=1e-12)
 
 
 def test_intervals_over_seeds_are_scipys():

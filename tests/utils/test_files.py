@@ -20,7 +20,7 @@ class Old:
 @dataclass(frozen=True)
 class New(Old):
     norm: str = field(default="layer", metadata=LATER)
-    blocks: tuple = field(default_factory=tuple, metadata=LATER)
+    blocks: tuple = field(default=(), metadata=LATER)
     base: Old | None = field(default=None, metadata=LATER)
 
 

@@ -31,9 +31,8 @@ class Distill(nn.Module):
     (two outputs in training) is taught by the labels on its first head and by the teacher on its second; any other has
     both on its only one. terms: `Features`, `AttentionMaps`, `Locality`, or other `Term`s.
 
-    The teacher is copied, kept in eval mode, without gradients, and is no part of this module's parameters, state or
-    modes; only the terms' projectors are, and `fit` trains those. It moves with `.to(...)`. Its images are resized to
-    what it takes.
+    The teacher is copied, kept in eval mode, and is no part of this module's parameters, state or modes; only the
+    projectors of terms are, and `fit` trains those. It moves with `.to(...)`. Its images are resized to what it takes.
     """
 
     def __init__(self, teacher, *, kind="soft", temperature=4.0, alpha=0.7, terms=()):
@@ -52,7 +51,7 @@ class Distill(nn.Module):
         return self._held[0]
 
     def describe(self):
-        """All that tells this objective from another, as plain data to make keys of."""
+        """All that tells this objective from another, as plain data."""
         return {"kind": self.kind, "temperature": self.temperature, "alpha": self.alpha,
                 "teacher": fingerprint(self.teacher), "terms": [term.describe() for term in self.terms]}  # fmt: skip
 
@@ -103,8 +102,8 @@ def standardised(logits):
 class Term(nn.Module):
     """What compares a student's inside with a teacher's: the mean over `pairs` of (student's layer, teacher's layer).
 
-    weight: of the term in the loss. dims: (student's, teacher's channels) of each pair, where a linear projection of
-    the student's `grid` x `grid` patch tokens is compared; it starts the same whatever was drawn before.
+    weight: in the loss. dims: (student's, teacher's channels) of each pair, where a linear projection of the student's
+    `grid` x `grid` patch tokens is compared; it starts the same whatever was drawn before.
     """
 
     def __init__(self, pairs=((-1, -1),), weight=1.0, grid=0, dims=()):
@@ -130,8 +129,8 @@ class Term(nn.Module):
 class Features(Term):
     """Term: patch tokens of student blocks, projected, against those of teacher blocks (FitNets, Romero et al. 2015).
 
-    Both are ViTs with the same patch grid. dims: embedding channels (student, teacher); grid: patches along a side;
-    pairs: ((student block, teacher block), ...), from 0, negative from the end.
+    dims: embedding channels (student, teacher); grid: patches along a side of both; pairs: ((student block, teacher
+    block), ...).
     """
 
     name = "features"
@@ -159,9 +158,8 @@ class AttentionMaps(Term):
 
 
 class Locality(Term):
-    """Term: features of a small CNN guide the ViT's patch tokens (Li et al. 2022, "Locality guidance").
+    """Term: a CNN's feature maps, resized to the grid, guide the patch tokens (Li et al. 2022, "Locality guidance").
 
-    The student's patch tokens of a block are projected; the CNN's feature map, resized to their grid, is the goal.
     dim: the student's channels; grid: its patches along a side; channels: of the CNN's features used. pairs: ((student
     block, CNN stage), ...), as many as channels; by default the last stages, with blocks spread over `depth`.
     """
@@ -196,6 +194,6 @@ def _patches(seen, block, grid, who):
 
 def _frozen(teacher, intermediates):
     """A copy of the teacher in eval mode, without gradients; timm's as ours where terms look at its intermediates."""
-    teacher = eager(teacher)  # of what torch.compile wraps
+    teacher = eager(teacher)
     teacher = as_vit(teacher) if intermediates and not hasattr(teacher, "config") else teacher
     return copy.deepcopy(teacher).eval().requires_grad_(False)

@@ -46,10 +46,7 @@ def importance(model):
 
 
 def best_heads(model, *, count=None, threshold=None):
-    """[mask of heads a block] of the `count` heads with the largest gates, or of those with gates above `threshold`.
-
-    A block may lose all of its heads. ValueError unless one of the two is given: count from 0 to all, threshold >= 0.
-    """
+    """[mask of heads a block] of the `count` heads with the largest gates, or of those with gates above `threshold`."""
     gates = importance(model)
     flat = torch.cat(gates)
     if (count is None) == (threshold is None):
@@ -64,8 +61,7 @@ def best_heads(model, *, count=None, threshold=None):
 
 @torch.no_grad()
 def remove_heads(model, kept):
-    """Take the heads that are not `kept` ([mask a block]) out of `model`, in place; what is left computes the same
-    as with their gates at 0.
+    """Take the heads that are not `kept` ([mask a block]) out of `model`, in place, as if their gates were 0.
 
     Returns carry(name, tensor), which takes the same part of a tensor shaped like that parameter (see `fit`).
     """
@@ -86,9 +82,9 @@ def remove_heads(model, kept):
 
 @torch.no_grad()
 def folded(model):
-    """A copy of `model` without gates: heads whose gate is 0 removed, the others' multiplied into their projections.
+    """A copy of `model` with the same eval outputs and no gates: heads at 0 removed, the others' multiplied in.
 
-    With all keys read by all queries it is a plain softmax ViT. The eval outputs are the same.
+    With all keys read by all queries it is a plain softmax ViT.
     """
     copied = model.config.build().to(next(model.parameters()).device)
     copied.load_state_dict(model.state_dict())
@@ -107,10 +103,10 @@ def folded(model):
 
 @torch.no_grad()
 def allocate(model, images, total):
-    """(k of block 0, k of block 1, ...) with the sum `total` that keeps most attention on normalised images B C H W.
+    """(k of each block) with the sum `total` that keeps most of the model's attention on normalised images B C H W.
 
-    Each key goes where it adds most to the mass that the model's attention has on the kept keys, the mean over images,
-    heads and queries; exact, since the gains fall with k. Every block gets one beside the prefix tokens.
+    Each key goes where it adds most to the mean attention on the kept keys; exact, since the gains fall with k. Every
+    block gets one beside the prefix tokens.
     """
     _, seen = model.eval()(images, intermediates=True)
     gains = torch.stack([m.sort(dim=-1, descending=True).values.mean(dim=(0, 1, 2)) for m in seen["attention"]])
@@ -127,10 +123,9 @@ class Progressive:
     """Hook for `fit`: from dense to sparse while training goes on.
 
     until: the epoch by which every query reads only the k keys of the config (from all of them before the first; 0:
-    at once). curve: "linear" | "cosine" | "cubic". tau: temperature of the relaxation at first and from `until` on.
+    at once). curve: of CURVES. tau: temperature of the relaxation at first and from `until` on.
     heads: {epoch: heads left in the whole model} or {epoch: threshold of the gates, a float}: before that epoch the
-    others are removed, and what is left trains on. Each history row gets `heads`: the gate of every head of every
-    block, None where it was removed.
+    others are removed. Each history row gets `heads`: the gate of every head of every block, None where removed.
     """
 
     until: int = 0

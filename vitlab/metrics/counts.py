@@ -15,6 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitlab.utils.device import eager, example, running
 
+UNCOUNTED = (torch.ops.aten.mv, torch.ops.aten.dot)  # matrix products that torch's own registry lacks
+
+
+def _product(a, *_, out_shape=None, **__):
+    """Operations of a matrix or vector of shape `a` times a vector."""
+    return 2 * math.prod(a)
+
 
 def parameters(model):
     """Number of parameters, shared ones counted once."""
@@ -26,12 +33,10 @@ def size_bytes(model):
     stored = {}
     for name, tensor in eager(model).state_dict().items():
         if isinstance(tensor, torch.Tensor):
-            same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            stored.setdefault(same if tensor.numel() else name, (name, tensor))
-    return len(safetensors.torch.save({
-        name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous().clone()
-        for name, tensor in stored.values()
-    }))
+            same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+            dtype = torch.float32 if tensor.is_floating_point() else None
+            stored.setdefault(same, (name, tensor.to("cpu", dtype).contiguous().clone()))
+    return len(safetensors.torch.save(dict(stored.values())))
 
 
 class _Unknown(TorchDispatchMode):
@@ -51,24 +56,11 @@ class _Unknown(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _missing_formulas():
-    """Flop formulas (they get shapes) of the matrix products that torch's own registry lacks."""
-    def product(a, b, *_, out_shape=None, **__):
-        return 2 * math.prod(a) * (b[-1] if len(b) > 1 else 1)
-
-    def added(_, a, b, *__, out_shape=None, **___):
-        return product(a, b)
-
-    aten = torch.ops.aten
-    return {aten.mv: product, aten.dot: product, aten.vdot: product, aten._int_mm: product,
-            aten.addmv: added, aten._addmm_activation: added, aten.addbmm: added}
-
-
-def macs_by_module(model, shape, *, device=None):
+def macs_by_module(model, shape):
     """{module name: MACs} of one image of `shape` (C H W), "" for the whole model; see `macs`."""
     model = eager(model)
-    images = example(model, shape, device=device)
-    counter = FlopCounterMode(display=False, custom_mapping=_missing_formulas())
+    images = example(model, shape)
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(UNCOUNTED, _product))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's is one opaque operation
     try:
@@ -87,14 +79,14 @@ def macs_by_module(model, shape, *, device=None):
     return found
 
 
-def macs(model, shape, *, device=None):
+def macs(model, shape):
     """Multiply-accumulates of one image of `shape` (C H W): every matrix product and convolution that runs.
 
     Counted on the operations themselves with attention taken apart (the MATH backend), so that it is the same
     work however attention is written; element-wise work is not counted. Custom operations need a formula
     (torch.utils.flop_counter.register_flop_formula), without which they are named in a warning.
     """
-    return macs_by_module(model, shape, device=device)[""]
+    return macs_by_module(model, shape)[""]
 
 
 def macs_by_part(model, shape):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters, ptflops_macs, size_bytes
-from vitlab.metrics.meters import compare, energy_per_image, latency, peak_memory, training_step
+from vitlab.metrics.meters import compare, latency, peak_memory, training_step
+from vitlab.metrics.power import energy_per_image
 from vitlab.metrics.predict import input_size, logits
 from vitlab.utils.checks import is_number
 from vitlab.utils.device import device_name, device_of, example
@@ -63,20 +64,14 @@ def score(outputs, labels, num_classes):
     chances = outputs.softmax(1)  # N K
     confidence, predicted = chances.max(1)
     right = predicted == labels
-    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    confusion = confusion.view(num_classes, num_classes)
-    top5 = None
-    if num_classes >= 5:
-        top5 = 100 * (outputs.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
+    among = (outputs.topk(min(5, num_classes)).indices == labels[:, None]).any(1)
     return Accuracy(
         top1=100 * right.double().mean().item(),
-        top5=top5,
+        top5=100 * among.double().mean().item() if num_classes >= 5 else None,
         loss=torch.nn.functional.cross_entropy(outputs, labels).item(),
         ece=_ece(confidence, right.double()),
-        per_class=tuple(
-            100 * hits / total if total else None
-            for hits, total in zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
-        ),
+        per_class=tuple(100 * row[k] / sum(row) if any(row) else None for k, row in enumerate(confusion.tolist())),
         confusion=confusion.tolist(),
         n=n,
     )
@@ -147,7 +142,7 @@ def show(value, column, unit=False):
     return f"{value * form.scale:,.{form.digits}f}" + (f" {form.unit}" if unit and form.unit else "")
 
 
-def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256, seconds=2.0, energy_seconds=3.0):
+def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256, seconds=2.0):
     """Everything about one model as a flat row of plain values: COLUMNS, and what they hold for.
 
     data: a Dataset, on whose test images accuracy is read; without one the accuracy is None. shape: C H W (default:
@@ -159,9 +154,8 @@ def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256,
     None. peak_mb is weights + input + activations of one pass at `batch`; 1 MB is 1e6 bytes. ValueError when
     the shape cannot be known, for a batch below 1 or seconds that are not above 0 and finite, and as in `accuracy`.
     """
-    for name, value in (("seconds", seconds), ("energy_seconds", energy_seconds)):
-        if not (is_number(value) and value > 0):
-            raise ValueError(f"{name}={value!r}: a time above 0 is needed, in seconds")
+    if not (is_number(seconds) and seconds > 0):
+        raise ValueError(f"seconds={seconds!r}: a time above 0 is needed")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: a whole number of images, at least 1, is needed")
     if device is not None:
@@ -179,7 +173,7 @@ def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256,
     single = latency(model, one, dtype=dtype, seconds=seconds)
     large = latency(model, many, dtype=dtype, seconds=seconds, warmup=3, min_runs=5)
     memory = peak_memory(model, many, dtype=dtype)
-    energy = energy_per_image(model, many, dtype=dtype, seconds=energy_seconds)
+    energy = energy_per_image(model, many, dtype=dtype)
     row = {
         "accuracy_top1": scores and scores.top1,
         "accuracy_top5": scores and scores.top5,

@@ -1,4 +1,4 @@
-"""Meters of running code: time, memory, energy. They know of tensors and callables, not of data sets.
+"""Meters of running code: time and memory. They know of tensors and callables, not of data sets.
 
 Every meter runs what it is given in eval mode without gradients, warmed up and synchronised, on inputs that
 are already on the device, so no figure includes data loading.
@@ -13,28 +13,23 @@ from dataclasses import dataclass
 
 import torch
 
-from vitlab.metrics.power import EnergyMeter
 from vitlab.utils.device import running
 
 
-def _inputs(example):
+def inputs_of(example):
+    """The arguments that an example stands for: itself if it is a tensor, those of a tuple, none for None."""
     return () if example is None else (example,) if isinstance(example, torch.Tensor) else tuple(example)
 
 
-def _device(example, device):
+def place(example, device):
     """Where the work runs: `device`, else the example's; ValueError where the clock would not be known."""
-    inputs = _inputs(example)
+    inputs = inputs_of(example)
     if device is None and not inputs:
         raise ValueError("without an example, say which device the functions run on: device='cpu' or 'cuda'")
-    device = torch.device(device) if device is not None else inputs[0].device
+    device = torch.device(inputs[0].device if device is None else device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"only cpu and cuda are measured, not {device.type}")
     return device
-
-
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------------------------------------------------------------- time
@@ -63,15 +58,17 @@ def compare(functions, example=None, *, device=None, dtype=None, warmup=5, secon
             f"timing needs functions, min_runs >= 1, warmup >= 0 and finite seconds >= 0; got {list(functions)}, "
             f"min_runs={min_runs}, warmup={warmup}, seconds={seconds}"
         )
-    device, inputs, names = _device(example, device), _inputs(example), list(functions)
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    device, inputs, names = place(example, device), inputs_of(example), list(functions)
+    on_gpu = device.type == "cuda"
+    clock = _cuda_seconds if on_gpu else _cpu_seconds
     spent = {name: [] for name in names}
-    scope = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    scope = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
     with running(functions.values(), device, dtype), scope:
         for name in names:
             for _ in range(warmup):
                 functions[name](*inputs)
-        _synchronize(device)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         while any(len(s) < min_runs or sum(s) < seconds for s in spent.values()):
             for name in names:
                 spent[name].append(clock(functions[name], inputs))
@@ -94,9 +91,8 @@ def training_step(model, images, inputs=False):
     return step
 
 
-def latency(function, example=None, *, device=None, dtype=None, warmup=5, seconds=1.0, min_runs=10):
+def latency(function, example=None, **options):
     """Time of one call of a function or model on `example`, as a Timing; arguments as in `compare`."""
-    options = {"device": device, "dtype": dtype, "warmup": warmup, "seconds": seconds, "min_runs": min_runs}
     return compare({"": function}, example, **options)[""]
 
 
@@ -143,14 +139,17 @@ def peak_memory(function, example, *, device=None, dtype=None):
     allocation and release the profiler reports. The process's resident size is not used: it holds the
     interpreter, libraries and freed pages the allocator keeps, and hardly moves with the model.
     """
-    device, inputs = _device(example, device), _inputs(example)
-    tensors = []
-    if isinstance(function, torch.nn.Module):
-        tensors = [*function.parameters(), *function.buffers()]
-    with running([function], device, dtype):  # libraries' workspaces are made once, and are not the model's
-        function(*inputs)
-    meter = _cuda_activations if device.type == "cuda" else _cpu_activations
-    return Memory(_bytes(tensors), _bytes(inputs), meter(function, inputs, device, dtype))
+    device, inputs = place(example, device), inputs_of(example)
+    is_module = isinstance(function, torch.nn.Module)
+    weights = [*function.parameters(), *function.buffers()] if is_module else []
+
+    def run():
+        with running([function], device, dtype):
+            function(*inputs)
+
+    run()  # libraries' workspaces are made once, and are not the model's
+    activations = _cuda_activations(run, device) if device.type == "cuda" else _cpu_activations(run)
+    return Memory(_bytes(weights), _bytes(inputs), activations)
 
 
 def _bytes(tensors):
@@ -158,26 +157,30 @@ def _bytes(tensors):
     return sum(storages.values())
 
 
-def _cuda_activations(function, inputs, device, dtype):
+def _cuda_activations(run, device):
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    with running([function], device, dtype):
-        function(*inputs)
+    run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _cpu_activations(function, inputs, device, dtype):
+def _cpu_activations(run):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr from C++
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile, \
-            running([function], device, dtype):
-        function(*inputs)
-    return _peak(sorted(_allocations(profile.kineto_results.experimental_event_tree())))
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+        run()
+    events, found = list(profile.kineto_results.experimental_event_tree()), []
+    for event in events:
+        events += event.children
+        fields = event.extra_fields
+        if hasattr(fields, "alloc_size") and fields.device.type == "cpu":
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return _peak(sorted(found))
 
 
 def _peak(allocations):
-    """Most bytes held at once, from (time, address, bytes) in order."""
+    """Most bytes held at once, from (time, address, bytes; negative when released) in order."""
     held, level, peak = {}, 0, 0
     for _, address, size in allocations:
         if size > 0:
@@ -187,56 +190,3 @@ def _peak(allocations):
             level -= held.pop(address, 0)
         peak = max(peak, level)
     return peak
-
-
-def _allocations(events):
-    """(time in ns, address, bytes; negative when released) of every CPU allocation in a profile."""
-    stack = list(events)
-    while stack:
-        event = stack.pop()
-        stack.extend(event.children)
-        fields = event.extra_fields
-        if hasattr(fields, "alloc_size") and fields.device.type == "cpu":
-            yield event.start_time_ns, fields.ptr, fields.alloc_size
-
-
-# -------------------------------------------------------------------------------------------- energy
-
-@dataclass(frozen=True)
-class Energy:
-    """Watts under load and before it, joules an image; all None where not measured, and `reason` says why."""
-
-    watts: float | None
-    joules_per_image: float | None
-    idle_watts: float | None
-    images: int = 0
-    reason: str = ""
-
-
-def energy_per_image(function, example, *, device=None, dtype=None, seconds=3.0, idle_seconds=2.0):
-    """Power while a function or model runs on `example` (B ...) again and again, and energy an image.
-
-    The idle baseline is read first, over `idle_seconds`, and is not subtracted. Both windows must be at least
-    2 s, since the card's counter moves in steps of 0.1 s (else the reading says it is not measured).
-    """
-    device, inputs = _device(example, device), _inputs(example)
-    with EnergyMeter(device) as idle:
-        if idle.available:
-            _synchronize(device)
-            time.sleep(idle_seconds)
-    if not idle.available:
-        return Energy(None, None, None, reason=idle.reason)
-    once = latency(function, example, device=device, dtype=dtype, warmup=3, seconds=0, min_runs=3).median_s
-    chunk, runs = max(1, int(0.1 / once)), 0  # the device never idles for a synchronisation longer than 1 %
-    with running([function], device, dtype), EnergyMeter(device) as load:
-        start = time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
-            for _ in range(chunk):
-                function(*inputs)
-            _synchronize(device)
-            runs += chunk
-    reading, images = load.reading, runs * len(inputs[0])
-    if reading.watts is None:
-        return Energy(None, None, idle.reading.watts, images, reason=reading.reason)
-    joules = reading.watts * elapsed / images
-    return Energy(reading.watts, joules, idle.reading.watts, images, idle.reading.reason)

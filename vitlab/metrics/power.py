@@ -2,122 +2,96 @@
 
 import contextlib
 import itertools
-import threading
 import time
 from dataclasses import dataclass
 
+import pynvml
 import torch
 
+from vitlab.metrics.meters import inputs_of, latency, place
+from vitlab.utils.device import running
 
-@dataclass(frozen=True)
-class Reading:
-    """Mean watts and joules of a window of so many seconds; where they are None `reason` says why."""
-
-    seconds: float
-    watts: float | None = None
-    joules: float | None = None
-    reason: str = ""
+WINDOW_S = 2.0  # the counter moves about every 0.1 s, so shorter windows say little
+POLL_S = 0.02
 
 
 class NoSensor(Exception):
     """There is nothing to read; the message says why."""
 
 
-class EnergyMeter:
-    """Reads a CUDA device's power while its block runs; `meter.reading` has the result after.
+@dataclass(frozen=True)
+class Energy:
+    """Watts under load and before it, joules an image; None where not measured, and `reason` says why."""
 
-    NVML's energy counter is followed by a thread from its first step to its last (it steps about every
-    100 ms, so the window must be `min_seconds` long). `available` and `reason` say beforehand whether there is one.
-    The counter is the whole card's: other processes on it are in the reading. The work must be synchronised before
-    the block ends.
+    watts: float | None = None
+    joules_per_image: float | None = None
+    idle_watts: float | None = None
+    images: int = 0
+    reason: str = ""
+
+
+def energy_per_image(function, example, *, device=None, dtype=None, seconds=3.0, idle_seconds=2.0):
+    """Power while a function or model runs on `example` (B ...) again and again, and energy an image, as an Energy.
+
+    The idle baseline is read first, over `idle_seconds`, and is not subtracted. Both windows must be at least
+    WINDOW_S long. The counter is the whole card's: other processes on it are in the reading.
     """
+    device, inputs = place(example, device), inputs_of(example)
+    found = {}
+    try:
+        with _counter(device) as read:
+            torch.cuda.synchronize(device)
+            found["idle_watts"], _, _ = _watts(read, lambda: time.sleep(POLL_S), idle_seconds)
+            once = latency(function, example, device=device, dtype=dtype, warmup=3, seconds=0, min_runs=3).median_s
+            chunk = max(1, int(POLL_S / once))
 
-    def __init__(self, device="cuda", *, min_seconds=2.0, interval=0.02):
-        self.device, self.min_seconds, self.interval = torch.device(device), min_seconds, interval
-        self.available, self.reason, self.reading = False, "", None
+            def work():
+                torch.cuda.synchronize(device)  # with the round before, so that the card works while it is read
+                for _ in range(chunk):
+                    function(*inputs)
 
-    def __enter__(self):
-        self.available, self.reason = False, ""
-        self._stack, self._seen, self._stop = contextlib.ExitStack(), [], threading.Event()
-        try:
-            self._read = self._stack.enter_context(_sensor(self.device))
-            self.available = True
-        except NoSensor as problem:
-            self.reason = str(problem)
-        self._start = time.perf_counter()
-        if self.available:
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-        return self
-
-    def _sample(self):
-        try:
-            while not self._stop.wait(self.interval):
-                value = self._read()
-                self._seen.append((time.perf_counter() - self._start, value))
-        except Exception as problem:  # a driver may fail in many ways, and none may end the run it watches
-            self.reason = f"the sensor failed: {problem}"
-
-    def __exit__(self, *exception):
-        seconds = time.perf_counter() - self._start
-        if self.available:
-            self._stop.set()
-            self._thread.join()
-        self._stack.close()
-        self.reading = self._result(seconds)
-
-    def _result(self, seconds):
-        if self.reason:
-            return Reading(seconds, reason=self.reason)
-        if seconds < self.min_seconds:
-            return Reading(seconds, reason=f"a window of {seconds:.2f} s is below {self.min_seconds} s")
-        watts = _counted(self._seen)
-        if watts is None:
-            return Reading(seconds, reason="the sensor did not move")
-        return Reading(seconds, watts, watts * seconds)
+            with running([function], device, dtype):
+                found["watts"], elapsed, rounds = _watts(read, work, seconds)
+    except NoSensor as problem:
+        return Energy(**found, reason=str(problem))
+    images = (rounds - 1) * chunk * len(inputs[0])  # the last round is not over
+    return Energy(**found, joules_per_image=found["watts"] * elapsed / images, images=images)
 
 
-def _counted(seen):
-    """Watts from (seconds, millijoules): between the counter's first and last step; None if it has none."""
+def _watts(read, work, seconds):
+    """(watts, seconds, rounds) of calling `work` for that long: between the counter's first and last step."""
+    if seconds < WINDOW_S:
+        raise NoSensor(f"a window of {seconds:.2f} s is below {WINDOW_S} s")
+    seen, start = [], time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        work()
+        seen.append((time.perf_counter(), read()))
     steps = [now for before, now in itertools.pairwise(seen) if now[1] != before[1]]
-    if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
-        return None
-    (first, start), (last, end) = steps[0], steps[-1]
-    return (end - start) / 1000 / (last - first)
+    if len(steps) < 2:
+        raise NoSensor("the sensor did not move")
+    (first, begin), (last, end) = steps[0], steps[-1]
+    return (end - begin) / 1000 / (last - first), elapsed, len(seen)
 
 
 @contextlib.contextmanager
-def _sensor(device):
-    """A function that reads the device's energy counter, in millijoules; else NoSensor."""
+def _counter(device):
+    """A function that reads the device's energy counter, in millijoules; else, there or later, NoSensor."""
     if device.type != "cuda":
         raise NoSensor(f"there is no power sensor for {device.type}")
-    try:
-        import pynvml
-    except ImportError as problem:
-        raise NoSensor("nvidia-ml-py is not installed") from problem
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as problem:
         raise NoSensor(f"NVML does not start: {problem}") from problem
     try:
-        yield _reader(pynvml, device)
+        # by UUID, since CUDA_VISIBLE_DEVICES renumbers torch's devices
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        with contextlib.suppress(pynvml.NVMLError):
+            if pynvml.nvmlDeviceGetMigMode(handle)[0]:
+                raise NoSensor("the card is split (MIG), and its sensor reads the whole of it")
+        yield lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as problem:
+        raise NoSensor(f"NVML does not read {device}: {problem}") from problem
     finally:
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-
-
-def _reader(nvml, device):
-    try:
-        # by UUID, since CUDA_VISIBLE_DEVICES renumbers torch's devices
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-    except (nvml.NVMLError, AssertionError, RuntimeError) as problem:  # torch's when it has no CUDA
-        raise NoSensor(f"NVML does not find {device}: {problem}") from problem
-    with contextlib.suppress(nvml.NVMLError):
-        if nvml.nvmlDeviceGetMigMode(handle)[0]:
-            raise NoSensor("the card is split (MIG), and its sensor reads the whole of it")
-    try:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except nvml.NVMLError as problem:
-        raise NoSensor(f"the card does not count its energy: {problem}") from problem
-    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 import torch
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def t_interval(values):
     values = [float(v) for v in values]
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least two, not {len(values)}")
-    return fmean(values), t_quantile(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
 def seed_difference(a, b):
@@ -66,33 +67,8 @@ def seed_difference(a, b):
     changes = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
     middle, half = t_interval(changes)
     spread = stdev(changes) / math.sqrt(len(changes))
-    p = 2 * (1 - t_below(abs(middle) / spread, len(changes) - 1)) if spread else float(middle == 0)
+    p = float(2 * stdtr(len(changes) - 1, -abs(middle) / spread) if spread else middle == 0)
     return Difference(middle, middle - half, middle + half, p)
-
-
-def t_quantile(share, degrees):
-    """The value below which `share` (0.5 to 1) of Student's t with `degrees` of freedom lies."""
-    if not 0.5 <= share < 1 or degrees < 1:
-        raise ValueError(f"t_quantile takes a share in [0.5, 1) and at least one degree, not {share}, {degrees}")
-    low, high = 0.0, 1.0
-    while t_below(high, degrees) < share:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_below(middle, degrees) < share else (low, middle)
-    return high
-
-
-def t_below(t, degrees):
-    """P(T <= t), t >= 0, for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    cosine, odd = math.cos(angle), degrees % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + inside) / 2
 
 
 def holm(p_values):

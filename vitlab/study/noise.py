@@ -3,8 +3,9 @@
 import math
 from statistics import fmean, stdev
 
+from scipy.special import stdtr, stdtrit
+
 from vitlab.metrics.measure import show
-from vitlab.metrics.statistics import t_below, t_quantile
 
 # standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is counted,
 # and a peak of allocated memory, repeats exactly. Speed: the same models, measured for two notebooks on one machine,
@@ -26,7 +27,7 @@ def interval(values, noise):
     `noise`, of one run in the values' unit, is what a single run is held to. More runs never widen that.
     """
     error, freedom = standard_error(values, noise)
-    margin = min(t_quantile(0.975, freedom) * error, t_quantile(0.975, PRIOR) * noise)
+    margin = float(min(stdtrit(freedom, 0.975) * error, stdtrit(PRIOR, 0.975) * noise))
     return fmean(values), stdev(values) if len(values) > 1 else None, margin
 
 
@@ -34,7 +35,7 @@ def p_value(values, noise):
     """Two-sided p-value of the mean of runs being 0."""
     error, freedom = standard_error(values, noise)
     away = abs(fmean(values))
-    return 2 * (1 - t_below(away / error, freedom)) if error else float(away == 0)
+    return float(2 * stdtr(freedom, -away / error) if error else away == 0)
 
 
 def sampling_error(accuracy, images):

@@ -20,7 +20,7 @@ from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
 from vitlab.train import parallel
 from vitlab.train.precision import faster_dtype
-from vitlab.train.progress import line, progress_bar, tensorboard_writer
+from vitlab.train.progress import line, progress_bar
 from vitlab.train.recipe import DTYPES, Recipe
 from vitlab.train.resume import TrainingState, carry_state
 from vitlab.utils import rng
@@ -96,9 +96,8 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     is `save_every` seconds old, and within an epoch every `save_within` seconds; a run found there goes on. At the
     end the model holds the averaged weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
 
-    Raises NotFinite (epoch, step, what to try; the checkpoint stays the last good one), BudgetSpent when the
-    environment's VITLAB_DEADLINE (unix seconds) is near, ValueError for a checkpoint of another run, for data of one
-    class, or of another number of classes than the model's.
+    Raises NotFinite (the checkpoint stays the last good one), BudgetSpent when the environment's VITLAB_DEADLINE (unix
+    seconds) is near, ValueError for a checkpoint of another run, and data of one class or not of the model's number.
     """
     device = next(model.parameters()).device
     data = data.to(device)
@@ -118,11 +117,15 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     history.resumed = len(history)
     if recipe.dtype == "auto" and device.type == "cpu":
         # a run goes on in the precision it began in, whatever the clock would say now
-        chosen = DTYPES.get(state.dtype)
-        chosen = chosen or faster_dtype(model, batch=recipe.batch, image_size=data.image_size, log=log)
-        run.dtype = parallel.agreed(chosen)
+        run.dtype = parallel.agreed(
+            DTYPES.get(state.dtype) or faster_dtype(model, batch=recipe.batch, image_size=data.image_size, log=log)
+        )
     history.dtype = state.dtype = str(run.dtype).removeprefix("torch.")
-    writer = tensorboard_writer(tensorboard, history.resumed, log)
+    writer = None
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(tensorboard, purge_step=history.resumed + 1)
     last_save = time.monotonic()
     for epoch in range(len(history), recipe.epochs):
         if not run.begun:
@@ -167,12 +170,14 @@ class _Run:
 
     def build(self):
         """What is made from the model as it is: the optimiser, the averaged weights, the compiled forward."""
+        from timm.utils import ModelEmaV3
+
         self.optimizer = self.recipe.build_optimizer(self.model, self.objective, self.device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.named = dict(self.model.named_parameters())
-        self.ema = _ema(self.model, self.recipe.ema)
-        compiled = self.recipe.compiles(self.device)
-        forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        decay = self.recipe.ema
+        self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
+        forward = torch.compile(self.model, dynamic=False) if self.recipe.compiles(self.device) else self.model
         self.loss = parallel.replicated(self.objective, forward)
 
     def reshaped(self, carry):
@@ -279,15 +284,6 @@ def _validation(model, data, dtype):
     found, labels = logits(model, data.val, mean=data.mean, std=data.std, dtype=dtype)
     right = (found.argmax(1) == labels).float().mean() * 100
     return {"val_loss": F.cross_entropy(found, labels).item(), "val_accuracy": right.item()}
-
-
-def _ema(model, decay):
-    """Exponential moving average of weights and buffers, with a warm-up of the decay (timm's)."""
-    if not decay:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def _check_deadline(history, state, log):

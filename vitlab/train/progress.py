@@ -1,27 +1,13 @@
-"""What a person sees of a training run: a line an epoch, a bar in a terminal, scalars for TensorBoard."""
+"""What a person sees of a training run: a line an epoch, a bar in a terminal."""
 
 import math
 import sys
 
-
-def tensorboard_writer(folder, resumed, log):
-    """A writer of scalars into `folder` after `resumed` epochs; None without a folder or TensorBoard."""
-    if not folder:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if log:
-            log("TensorBoard is not installed (pip install tensorboard): its scalars are not written")
-        return None
-    return SummaryWriter(folder, purge_step=resumed + 1)
+from tqdm import tqdm
 
 
 def progress_bar(total, text):
-    """A bar of `total` steps, in a terminal only."""
-    from tqdm import tqdm
-
-    # in a notebook or a log file the line per epoch is the progress; a bar there leaves litter
+    """A bar of `total` steps, in a terminal only: in a notebook or a log file it would leave litter."""
     return tqdm(total=total, desc=text, leave=False, disable=not sys.stderr.isatty())
 
 

@@ -78,7 +78,7 @@ def eager(model):
     return getattr(model, "_orig_mod", model)
 
 
-def example(model, shape, batch=1, device=None):
+def example(model, shape, batch=1):
     """Random images (batch C H W) of the model's own dtype on its device, the same ones every time.
 
     ValueError for a batch below 1.
@@ -87,4 +87,4 @@ def example(model, shape, batch=1, device=None):
         raise ValueError(f"batch={batch}: at least one image is needed")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     images = torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0))
-    return images.to(device or device_of(model), next(floats, torch.float32))
+    return images.to(device_of(model), next(floats, torch.float32))

@@ -9,8 +9,8 @@ import inspect
 import json
 import os
 import socket
-import tempfile
 import time
+import uuid
 from pathlib import Path
 
 LEFT_S = 3600  # age in seconds at which an unfinished file is taken for that of a run that was killed
@@ -21,23 +21,19 @@ LATER = {"later": True}  # metadata of a dataclass field that was added after ar
 def atomic(path):
     """Yield a temporary path beside `path`; rename it onto `path` if the block ends well.
 
-    A reader therefore never sees half a file, and a failed or killed writer leaves the old one. The
-    parent folders are made. The data reach the disk before the rename. What runs that were killed an hour ago and
-    more left unfinished of this file goes.
+    So a reader never sees half a file, and a failed or killed writer leaves the old one. Parent folders are made, and
+    what runs that were killed an hour ago and more left unfinished of this file goes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    part.touch()
+    mode = part.stat().st_mode  # as readable as any other new file, where the writer makes a private one
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; the result should be as readable as any other new file
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
+        part.chmod(mode)
         part.replace(path)
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
             with contextlib.suppress(OSError):
@@ -87,45 +83,36 @@ def _flock(file):
     return True
 
 
-def plain(value):
-    """`value` with dataclasses, tuples, sets and paths turned into what JSON can hold."""
+def _fields(config):
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def plain(value, fields=_fields):
+    """`value` with dataclasses, tuples, sets and paths turned into what JSON can hold; `fields` says a dataclass's."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        value = fields(value)
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, fields) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain(v, fields) for v in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(plain(v) for v in value)
-    if isinstance(value, Path):
-        return str(value)
-    return value
+        return sorted(plain(v, fields) for v in value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def identity(value):
     """What tells a configuration or recipe (a dataclass) from others, as plain data: what keys are made of.
 
-    A field declared with `metadata=LATER` is left out while it has its default, so that the keys of what was
+    A field with a default and `metadata=LATER` is left out while it has that default, so that the keys of what was
     trained before the field existed stay as they were. Models' configurations within it come with their kind.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        told = [f for f in dataclasses.fields(value)
-                if not (f.metadata.get("later") and getattr(value, f.name) == _default(f))]  # fmt: skip
-        return {f.name: _inner(getattr(value, f.name)) for f in told}
-    if isinstance(value, dict):
-        return {str(k): _inner(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_inner(v) for v in value]
-    return plain(value)
+    def fields(config):
+        told = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                if not (f.metadata.get("later") and getattr(config, f.name) == f.default)}  # fmt: skip
+        inner = config is not value and getattr(config, "kind", None) is not None
+        return {"kind": config.kind} | told if inner else told
 
-
-def _inner(value):
-    kind = getattr(value, "kind", None) if dataclasses.is_dataclass(value) else None
-    return identity(value) if kind is None else {"kind": kind} | identity(value)
-
-
-def _default(field):
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return plain(value, fields)
 
 
 def write_text(path, text):
@@ -156,9 +143,8 @@ def digest(value, length=12):
 def described(method):
     """What tells an objective or a hook apart, as plain data to make keys of.
 
-    One with a `describe()` says it itself: plain data with all that changes what it does, to which the name of its
-    class is added. A function of a module is known by its qualified name. ValueError for anything else, since a
-    lambda or a function of a notebook may be another one next time.
+    That is the name of its class and what its `describe()` gives, or the qualified name of a function of a module.
+    ValueError for anything else, since a lambda or a function of a notebook may be another one next time.
     """
     function = inspect.isfunction(method)
     name = (method if function else type(method)).__qualname__

@@ -2,20 +2,17 @@
 
 OpenMP's threads spin while they wait for the slowest. Where another process wants the same core, the slowest is not
 even running, and the others burn the time that it needs: two trainings on two cores can slow each other down a
-hundredfold (bench/neighbour.py). So waiting threads sleep here. torch's own build brings GNU's OpenMP, which reads
-OMP_WAIT_POLICY when it is loaded; others bring LLVM's or Intel's, which read KMP_BLOCKTIME.
-
-How many threads pay depends on the machine and its load: two logical CPUs may be one core, and a small model's
-operations are over before a second thread has woken up. `choose` times it. Sums are added in another order with
-another number of threads, so that runs agree to the last bit only where it is the same: OMP_NUM_THREADS fixes it.
+hundredfold (bench/neighbour.py). So waiting threads sleep here. How many threads pay depends on the machine and its
+load, too, so `choose` times it. Sums are added in another order with another number of threads, so that runs agree to
+the last bit only where it is the same: OMP_NUM_THREADS fixes it.
 """
 
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
+# read when OpenMP is loaded by GNU's, which torch's own build brings, and by LLVM's and Intel's
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 CPUS = Path("/sys/devices/system/cpu")
 WORTH = 0.9  # more threads are taken where they bring the time below this share of what fewer need
@@ -56,10 +53,9 @@ def choose(jobs=1):
     import torch
 
     cores = physical_cores()
-    share = max(1, cores // jobs)
-    beside = f" shared by {jobs} jobs" if jobs > 1 else ""
-    times = timings(share)
+    times = timings(max(1, cores // jobs))
     count = fewest(times)
+    beside = f" shared by {jobs} jobs" if jobs > 1 else ""
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)
     timed = ", ".join(f"{n}: {1e3 * t:.0f} ms" for n, t in times.items())
@@ -77,32 +73,21 @@ def fewest(times):
 
 def timings(most, rounds=5):
     """{number of threads: median seconds of a small ViT's training step}, for 1, 2, 4, ... and `most`, in turns."""
-    import torch
+    from torch.utils.benchmark import Timer
 
+    step = _step()
     counts = sorted({2**k for k in range(most.bit_length()) if 2**k < most} | {most})
-    before, step, spent = torch.get_num_threads(), _step_seconds(), {count: [] for count in counts}
-    try:
-        for _ in range(rounds):
-            for count in counts:
-                torch.set_num_threads(count)
-                step()  # a change of the number wakes or makes threads
-                spent[count].append(step())
-    finally:
-        torch.set_num_threads(before)
-    return {count: statistics.median(seconds) for count, seconds in spent.items()}
+    timers = {count: Timer("step()", globals={"step": step}, num_threads=count) for count in counts}
+    # a timer's first step, which wakes or makes threads, is not counted; it puts their number back
+    turns = [{count: timer.timeit(1).median for count, timer in timers.items()} for _ in range(rounds)]
+    return {count: statistics.median(turn[count] for turn in turns) for count in counts}
 
 
-def _step_seconds():
-    """A function that trains a block of width 128 on 32 images of 64 tokens once and gives the seconds it took."""
+def _step():
+    """A function that trains a block of width 128 on 32 images of 64 tokens once."""
     import torch
 
     with torch.random.fork_rng(devices=()):
         block = torch.nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
     tokens = torch.randn(32, 64, 128, generator=torch.Generator().manual_seed(0))  # B N D
-
-    def step():
-        start = time.perf_counter()
-        block(tokens).square().mean().backward()
-        return time.perf_counter() - start
-
-    return step
+    return lambda: block(tokens).square().mean().backward()

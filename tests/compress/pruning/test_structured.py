@@ -111,7 +111,7 @@ def test_what_cannot_be_is_refused():
         {"ratio": 0.1, "macs": 5},
         {"ratio": 1.0},
         {"ratio": 0.5, "scope": "all"},
-        {"ratio": 0.5, "least": 2},
+        {"ratio": 0.5, "multiple": 0},
     ):
         with pytest.raises(ValueError):
             select(shape, scores, **wrong)

@@ -113,7 +113,8 @@ def cut(kind):
 @pytest.mark.parametrize(
     "options",
     [{"action": "drop"}, {"action": "drop", "score": "cls-ema", "rule": "published"}, {"action": "fuse"},
-     {"action": "ward", "pooled_last": True}, {"action": "edge", "metric": "input", "score": "received"}],
+     {"action": "ward", "pooled_last": True}, {"action": "merge", "metric": "input"},
+     {"action": "fuse", "score": "received"}],
     ids=lambda o: "-".join(map(str, o.values())),
 )  # fmt: skip
 def test_a_pruned_model_is_reduced_like_the_whole_one_with_zeros(kind, options):

@@ -43,36 +43,15 @@ def test_fuse_is_the_score_weighted_mean_of_the_rest():
         torch.testing.assert_close(out[i, 1:-1], x[i][order[:3].sort().values + 1])
 
 
-def test_nearest_joins_the_most_similar_kept_token_by_size():
-    score, size = draw(2, 9), draw(2, 10, seed=2) + 1
-    keys, x = F.normalize(draw(2, 9, 4, seed=3) - 0.5, dim=-1), draw(2, 10, 5, seed=1)
-    plan = merge.nearest(score, keys, 4, 1, size)
-    out, total = plan(x), plan.total(size)
-    for i in range(2):
-        order = score[i].argsort(descending=True).tolist()
-        kept = sorted(order[:4])
-        members = {p: [p] for p in kept}
-        for p in order[4:]:
-            members[max(kept, key=lambda q: (keys[i, p] @ keys[i, q]).item())].append(p)
-        for row, p in enumerate(kept):
-            rows = torch.tensor(members[p]) + 1
-            expected = (x[i][rows] * size[i][rows, None]).sum(0) / size[i][rows].sum()
-            torch.testing.assert_close(out[i, row + 1], expected)
-            torch.testing.assert_close(total[i, row + 1], size[i][rows].sum())
-    torch.testing.assert_close(out[:, 0], x[:, 0])
-
-
-@pytest.mark.parametrize("power", [0.0, 0.5])
 @pytest.mark.parametrize("patches", [8, 9])
-def test_bipartite_takes_the_cheapest_edges(power, patches):
-    keys, importance = F.normalize(draw(2, patches, 4) - 0.5, dim=-1), draw(2, patches, seed=5)
-    plan = merge.bipartite(keys, 3, 1, None, importance, power)
+def test_bipartite_takes_the_cheapest_edges(patches):
+    keys = F.normalize(draw(2, patches, 4) - 0.5, dim=-1)
+    plan = merge.bipartite(keys, 3, 1, None)
     for i in range(2):
         edges = []
         for a in range(1, patches, 2):
             b = max(range(0, patches, 2), key=lambda q: (keys[i, a] @ keys[i, q]).item())
-            cost = (1 - keys[i, a] @ keys[i, b]) * importance[i, a] ** power
-            edges.append((cost.item(), a, b))
+            edges.append(((1 - keys[i, a] @ keys[i, b]).item(), a, b))
         joined = {}
         for _, a, b in sorted(edges)[:3]:
             joined.setdefault(b, {b}).add(a)
@@ -85,7 +64,7 @@ def test_bipartite_takes_the_cheapest_edges(power, patches):
 def test_ward_takes_the_edges_that_add_the_least_variance():
     """Power 1, by hand: each source's cheapest edge by Ward's criterion, the cheapest of those taken."""
     keys, size = F.normalize(draw(3, 10, 4) - 0.5, dim=-1), (draw(3, 11, seed=2) * 6).floor() + 1
-    plan = merge.bipartite(keys, 3, 1, size, power=1.0, ward=True)
+    plan = merge.bipartite(keys, 3, 1, size, power=1.0)
     for i in range(3):
         count = size[i, 1:]
         variance = lambda a, b: (keys[i, a] - keys[i, b]).square().sum() * count[a] * count[b] / (count[a] + count[b])  # noqa: B023, E731
@@ -101,10 +80,10 @@ def test_ward_takes_the_edges_that_add_the_least_variance():
 
 
 def test_lengths_are_kept_and_the_direction_is_the_mean():
-    score, keys, size = draw(2, 9), F.normalize(draw(2, 9, 4, seed=3) - 0.5, dim=-1), draw(2, 10, seed=2) + 1
+    keys, size = F.normalize(draw(2, 9, 4, seed=3) - 0.5, dim=-1), draw(2, 10, seed=2) + 1
     x = draw(2, 10, 5, seed=1) - 0.5
-    (kept,) = merge.plans("nearest", 4, 1, score=score, keys=keys, size=size, lengths=True)
-    (plain,) = merge.plans("nearest", 4, 1, score=score, keys=keys, size=size)
+    (kept,) = merge.plans("ward", 5, 1, keys=keys, size=size, lengths=True)
+    (plain,) = merge.plans("ward", 5, 1, keys=keys, size=size)
     torch.testing.assert_close(F.normalize(kept(x), dim=-1), F.normalize(plain(x), dim=-1))
     mean_length = plain(x.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(kept(x).norm(dim=-1, keepdim=True), mean_length)
@@ -125,13 +104,6 @@ def test_ward_matches_on_the_normalised_input():
         torch.testing.assert_close(seen["size"][0], plan.total(ones), check_dtype=False)
         tome = reduce_tokens(model, action="ward", metric="key", lengths=False, power=0, counts=(12, 9))
         torch.testing.assert_close(tome(images), reduce_tokens(model, action="merge", counts=(12, 9))(images))
-
-
-def test_a_large_power_merges_the_least_important_sources():
-    keys, importance = F.normalize(draw(4, 16, 4) - 0.5, dim=-1), draw(4, 16, seed=5) + 0.01
-    plan = merge.bipartite(keys, 4, 1, None, importance, 60.0)
-    lowest = importance[:, 1::2].argsort(1)[:, :4] * 2 + 2
-    assert torch.equal(plan.gone.sort(1).values, lowest.sort(1).values)
 
 
 @pytest.mark.parametrize("action", merge.ACTIONS)
@@ -194,7 +166,7 @@ def test_merged_tokens_go_back_to_the_grid_for_the_convolution():
     images = torch.ones(2, 3, 16, 16, dtype=torch.double) * draw(2, 3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(reduce_tokens(model, action="merge", counts=(10, 4))(images), model(images))
-        torch.testing.assert_close(reduce_tokens(model, action="nearest", counts=(10, 4))(images), model(images))
+        torch.testing.assert_close(reduce_tokens(model, action="ward", counts=(10, 4))(images), model(images))
 
 
 def test_dropped_patches_are_holes_in_the_grid():

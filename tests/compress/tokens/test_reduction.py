@@ -57,7 +57,7 @@ def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
     torch.testing.assert_close(first, model(crowds[0]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "edge"), (BASE, "fuse")])
+@pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "ward"), (BASE, "fuse")])
 def test_no_graph_break_anywhere(kind, action):
     torch.compiler.reset()
     model = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, score="cls-ema")
@@ -77,7 +77,7 @@ def test_the_mode_is_one_however_it_is_set():
 
 def test_training_and_state_dict_are_the_models_own():
     model, images = small(drop_path=0.2, dropout=0.1), pictures()
-    reduced = reduce_tokens(model, action="edge")
+    reduced = reduce_tokens(model, action="ward")
     assert list(reduced.state_dict()) == list(model.state_dict())
     assert [n for n, _ in reduced.named_parameters()] == [n for n, _ in model.named_parameters()]
     reduced.train()

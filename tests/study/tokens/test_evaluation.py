@@ -101,6 +101,6 @@ def test_panel_redraws_when_a_slider_moves(evaluator, monkeypatch):
     assert not knobs["score"].disabled and not box.children[2].value
     count = len(seen)
     knobs["score"].value = "entropy"
-    knobs["action"].value = "edge"
+    knobs["action"].value = "fuse"
     assert len(seen) == count + 1, "a score below zero cannot weigh: it says so instead of drawing"
     assert "error" not in str(box.children[3].outputs).lower()

@@ -1,6 +1,4 @@
-"""What a unit is worth: scores of every prunable unit by six criteria. Larger = keep."""
-
-from itertools import pairwise
+"""What a unit is worth: scores of every prunable unit by five criteria, and chance. Larger = keep."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +7,8 @@ from vitlab.compress.pruning.gates import GatedViT
 from vitlab.compress.pruning.shape import head_index, kind_of, prunable, sizes
 from vitlab.data.augment import normalize
 from vitlab.utils import rng
-from vitlab.utils.device import device_of, running
 
-CRITERIA = ("gates", "magnitude", "taylor", "fisher", "geometric-median", "similarity", "random")
+CRITERIA = ("gates", "magnitude", "taylor", "fisher", "geometric-median", "random")
 
 
 def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
@@ -24,31 +21,29 @@ def score(model, criterion, *, kinds=("qk", "v", "mlp"), data=None, seed=0):
     is removed (Molchanov et al. 2019, eq. 8);
     "fisher": half the mean squared gradient of the gate over single images (Theis et al. 2018, eq. 8);
     "geometric-median": sum of distances to the other units' weights, relative to the mean (He et al. 2019);
-    "similarity": 1 - cosine of a block's input and output tokens (Men et al. 2024), kind "block" only;
     "random": the control, drawn from `seed`.
-    data: [(images float B C H W, labels B), ...], for taylor, fisher and similarity (see `calibration`).
+    data: [(images float B C H W, labels B), ...], for taylor and fisher (see `calibration`).
 
     Raises ValueError for an unknown criterion or kind, and for missing data or gates.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if criterion in ("taylor", "fisher", "similarity") and (isinstance(data, torch.Tensor) or not data):
+    if criterion in ("taylor", "fisher") and (isinstance(data, torch.Tensor) or not data):
         raise ValueError(f"criterion={criterion!r} needs data=[(images, labels), ...]; see criteria.calibration")
     if criterion == "gates":
         return _gates(model, kinds)
-    source = model.core if isinstance(model, GatedViT) else model
-    units = sizes(source.config if isinstance(model, GatedViT) else prunable(source).config, kinds)
+    core = model.core if isinstance(model, GatedViT) else prunable(model)
+    units = sizes(core.config, kinds)
     if criterion == "random":
         return {name: torch.rand(n, generator=rng.generator(seed, "prune", name)) for name, n in units.items()}
     if criterion in ("taylor", "fisher"):
         return _gradients(model, kinds, data, squared=criterion == "fisher")
-    if criterion == "similarity":
-        if tuple(kinds) != ("block",):
-            raise ValueError(f"criterion='similarity' scores whole blocks: kinds=('block',), not {tuple(kinds)}")
-        return _similarity(model, data)
-    vectors = unit_weights(prunable(source), units)
-    found = {name: v.norm(dim=1) if criterion == "magnitude" else _distances(v) for name, v in vectors.items()}
-    return {name: s if kind_of(name) == "block" else s / s.mean().clamp_min(1e-12) for name, s in found.items()}
+    found = {}
+    for name in units:
+        vectors = unit_weights(core, name)
+        worth = vectors.norm(dim=1) if criterion == "magnitude" else _distances(vectors)
+        found[name] = worth if kind_of(name) == "block" else worth / worth.mean().clamp_min(1e-12)
+    return found
 
 
 def calibration(data, images=256, batch=64, seed=0, size=None):
@@ -56,13 +51,10 @@ def calibration(data, images=256, batch=64, seed=0, size=None):
 
     data: a `vitlab.data.datasets.Dataset`; size: side in pixels that the model takes, where it differs.
     """
-    draw = rng.generator(seed, "calibration")
-    pick = torch.randperm(len(data.train), generator=draw)[:images].to(data.train.labels.device)
-    found = []
-    for ids in pick.split(batch):
-        x = normalize(data.train.images[ids], data.mean, data.std, size=size)
-        found.append((x, data.train.labels[ids]))
-    return found
+    train, draw = data.train, rng.generator(seed, "calibration")
+    pick = torch.randperm(len(train), generator=draw)[:images].to(train.labels.device)
+    return [(normalize(train.images[ids], data.mean, data.std, size=size), train.labels[ids])
+            for ids in pick.split(batch)]  # fmt: skip
 
 
 def _gates(model, kinds):
@@ -90,18 +82,6 @@ def _gradients(model, kinds, data, squared):
     return {k: v / len(batches) for k, v in total.items()}
 
 
-def _similarity(model, data):
-    core = prunable(model) if not isinstance(model, GatedViT) else model
-    total = torch.zeros(len(core.config.shapes), device=device_of(core))
-    with running([core], device_of(core)):
-        for images, _ in data:
-            _, seen = core(images, intermediates=True)
-            stream = [seen["embed"], *seen["tokens"]]
-            same = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(stream)]
-            total += torch.stack(same)
-    return {f"blocks.{i}.block": (1 - s / len(data)).reshape(1) for i, s in enumerate(total)}
-
-
 def _distances(vectors):
     if len(vectors) == 1:
         raise ValueError("criterion='geometric-median' compares the units of a structure: 'block' has only one")
@@ -109,43 +89,28 @@ def _distances(vectors):
 
 
 @torch.no_grad()
-def unit_weights(core, units):
-    """{structure: units x weights}: every weight that leaves with a unit of a ViT, as one row.
+def unit_weights(core, name):
+    """units x weights: every weight that leaves with a unit of that structure, as one row.
 
     Heads of unequal widths are padded with zeros.
     """
-    weights = {k: v.float() for k, v in core.state_dict().items()}
-    found = {}
-    for name in units:
-        if name == "embed":
-            found[name] = _embedding(weights)
-            continue
-        _, i, kind = name.split(".")
-        at, block = f"blocks.{i}.", core.config.shapes[int(i)]
-        if kind == "mlp":
-            rows = [weights[at + "mlp.fc1.weight"], weights[at + "mlp.fc2.weight"].T]
-            found[name] = torch.cat(rows, 1)
-            continue
-        if kind == "block":
-            parts = [v.flatten() for k, v in weights.items() if k.startswith(at)]
-            found[name] = torch.cat(parts)[None] / sum(p.numel() for p in parts) ** 0.5
-            continue
-        q, k, v = weights[at + "attn.qkv.weight"].split([block.qk, block.qk, block.v])
-        qk, v = torch.cat([q, k], 1), torch.cat([v, weights[at + "attn.proj.weight"].T], 1)
-        found[name] = {"qk": qk, "v": v}[kind] if kind != "heads" else _heads(block, qk, v)
-    return found
-
-
-def _heads(block, qk, v):
-    rows = []
-    for h in range(len(block.each_head)):
-        rows.append(torch.cat([t[head_index(block, n) == h].flatten() for n, t in (("qk", qk), ("v", v))]))
+    kind, weights = kind_of(name), {k: v.float() for k, v in core.state_dict().items()}
+    if kind == "embed":  # rows of the layers that write a residual channel, columns of those that read it
+        writers = ("patch_embed.proj.weight", ".attn.proj.weight", ".mlp.fc2.weight")
+        parts = [w.flatten(1) for k, w in weights.items() if k.endswith(writers) and w.numel()]
+        parts += [w.T for k, w in weights.items() if k.endswith((".attn.qkv.weight", ".mlp.fc1.weight"))]
+        return torch.cat(parts, 1)
+    at = name.removesuffix(kind)
+    if kind == "mlp":
+        return torch.cat([weights[at + "mlp.fc1.weight"], weights[at + "mlp.fc2.weight"].T], 1)
+    if kind == "block":
+        flat = torch.cat([v.flatten() for k, v in weights.items() if k.startswith(at)])
+        return flat[None] / len(flat) ** 0.5
+    block = core.config.shapes[int(name.split(".")[1])]
+    q, k, v = weights[at + "attn.qkv.weight"].split([block.qk, block.qk, block.v])
+    parts = {"qk": torch.cat([q, k], 1), "v": torch.cat([v, weights[at + "attn.proj.weight"].T], 1)}
+    if kind != "heads":
+        return parts[kind]
+    rows = [torch.cat([part[head_index(block, n) == h].flatten() for n, part in parts.items()])
+            for h in range(len(block.each_head))]  # fmt: skip
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _embedding(weights):
-    """Rows of the layers that write a residual channel, columns of those that read it."""
-    writers = ("patch_embed.proj.weight", ".attn.proj.weight", ".mlp.fc2.weight")
-    parts = [w.flatten(1) for k, w in weights.items() if k.endswith(writers) and w.numel()]
-    parts += [w.T for k, w in weights.items() if k.endswith((".attn.qkv.weight", ".mlp.fc1.weight"))]
-    return torch.cat(parts, 1)

@@ -1,9 +1,7 @@
 """Gates: a multiplier on every unit that can be pruned, trained or masked, kept apart from the plain model.
 
-"Channel selection" (Zhu et al. 2021, "Vision transformer pruning"; Liu et al. 2017, "Network slimming"). All
-gates multiply linearly into a weight, so a gated forward pass is the plain model's, run with
-multiplied weights; there is no second model and nothing is patched, and leaving the gates out of a
-pruned model exactly is possible.
+"Channel selection" (Zhu et al. 2021, "Vision transformer pruning"; Liu et al. 2017, "Network slimming"). All gates
+multiply linearly into a weight, so a gated forward pass is the plain model's with multiplied weights.
 """
 
 import copy
@@ -31,7 +29,6 @@ class GatedConfig(Wrapper):
         object.__setattr__(self, "kinds", tuple(self.kinds))
 
     def build(self):
-        """A GatedViT of this shape with new weights and open gates."""
         return GatedViT(self.base.build(), self.kinds)
 
 
@@ -52,14 +49,12 @@ class GatedViT(nn.Module):
         config, self.kinds = self.core.config, tuple(kinds)
         gates = sizes(config, kinds)
         self.gates = nn.ParameterDict({_key(k): nn.Parameter(torch.ones(n, device=device)) for k, n in gates.items()})
-        every = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
-        for name, size in every.items():
+        self.structures = sizes(config)
+        for name, size in self.structures.items():
             self.register_buffer(f"mask_{_key(name)}", torch.ones(size, device=device))
         for i, block in enumerate(config.shapes):
             self.register_buffer(f"head_of_{i}", head_index(block, "v").to(device), persistent=False)
-        self.structures = tuple(every)
-        if masks:
-            self.mask(masks)
+        self.mask(masks or {})
         self.train(model.training)
 
     @property
@@ -87,13 +82,44 @@ class GatedViT(nn.Module):
 
     def penalty(self):
         """Sum of the absolute gates: the L1 penalty (0-d)."""
-        values = self.values()
-        return sum(values[name].abs().sum() for name in values if _key(name) in self.gates)
+        return sum(value.abs().sum() for name, value in self.values().items() if _key(name) in self.gates)
 
     def folded(self):
         """{parameter: weight with the gates multiplied in} of the parameters that gates touch."""
-        heads = [getattr(self, f"head_of_{i}") for i in range(len(self.shape.shapes))]
-        return fold(dict(self.core.named_parameters()), self.shape, self.values(), heads)
+        weights, config, gates, new = dict(self.core.named_parameters()), self.shape, self.values(), {}
+
+        def scale(name, factor, axis):
+            if name in weights:
+                old = new.get(name, weights[name])
+                new[name] = old * factor.to(old.dtype).reshape([-1 if a == axis else 1 for a in range(old.ndim)])
+
+        for i, block in enumerate(config.shapes):
+            at, gate = f"blocks.{i}.", {kind: gates.get(f"blocks.{i}.{kind}") for kind in KINDS}
+            if gate["qk"] is not None:  # on the query alone: the product takes it once
+                rows = torch.cat([gate["qk"], gate["qk"].new_ones(block.qk + block.v)])
+                scale(at + "attn.qkv.weight", rows, 0)
+                scale(at + "attn.qkv.bias", rows, 0)
+            if gate["v"] is not None:
+                scale(at + "attn.proj.weight", gate["v"], 1)
+            if gate["heads"] is not None:
+                scale(at + "attn.proj.weight", gate["heads"][getattr(self, f"head_of_{i}")], 1)
+            if gate["mlp"] is not None:
+                scale(at + "mlp.fc2.weight", gate["mlp"], 1)
+            if gate["block"] is not None:
+                for name in ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias"):
+                    scale(at + name, gate["block"].expand(config.dim), 0)  # one factor for all rows
+        if "embed" in gates:
+            gate = gates["embed"]
+            live = (gate.detach() != 0).to(gate.dtype)
+            for name in weights:
+                owner = name.rpartition(".")[0]
+                if owner.rpartition(".")[2] in ("norm", "norm1", "norm2"):
+                    scale(name, gate, 0)
+                elif name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+                    scale(name, live, 2)
+                elif owner == "patch_embed.proj" or owner.endswith((".attn.proj", ".mlp.fc2")):
+                    scale(name, live, 0)
+        return new
 
     def forward(self, images, intermediates=False):
         return functional_call(self.core, self.folded(), (images, intermediates))
@@ -103,65 +129,15 @@ def _key(structure):
     return structure.replace(".", "_")  # names of parameters have no dots
 
 
-def fold(weights, config, gates, heads):
-    """Multiply gates ({structure: tensor}) into weights ({name: tensor}); the changed ones only.
-
-    heads: for each block, the head of every value channel.
-    """
-    new = {}
-
-    def scale(name, factor, axis):
-        if name in weights:
-            old = new.get(name, weights[name])
-            new[name] = old * factor.to(old.dtype).reshape([-1 if a == axis else 1 for a in range(old.ndim)])
-
-    for i, block in enumerate(config.shapes):
-        at, gate = f"blocks.{i}.", {kind: gates.get(f"blocks.{i}.{kind}") for kind in KINDS}
-        if gate["qk"] is not None:  # on the query alone: the product takes it once
-            rest = gate["qk"].new_ones(block.qk + block.v)
-            scale(at + "attn.qkv.weight", torch.cat([gate["qk"], rest]), 0)
-            scale(at + "attn.qkv.bias", torch.cat([gate["qk"], rest]), 0)
-        if gate["v"] is not None:
-            scale(at + "attn.proj.weight", gate["v"], 1)
-        if gate["heads"] is not None:
-            scale(at + "attn.proj.weight", gate["heads"][heads[i]], 1)
-        if gate["mlp"] is not None:
-            scale(at + "mlp.fc2.weight", gate["mlp"], 1)
-        if gate["block"] is not None:
-            for name in ("attn.proj", "mlp.fc2"):
-                # one factor for all rows
-                scale(f"{at}{name}.weight", gate["block"].expand(config.dim), 0)
-                scale(f"{at}{name}.bias", gate["block"].expand(config.dim), 0)
-    if "embed" in gates:
-        _fold_embedding(scale, weights, gates["embed"])
-    return new
-
-
-def _fold_embedding(scale, weights, gate):
-    live = (gate.detach() != 0).to(gate.dtype)
-    for name in weights:
-        owner = name.rpartition(".")[0]
-        if owner.rpartition(".")[2] in ("norm", "norm1", "norm2"):
-            scale(name, gate, 0)
-        elif name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
-            scale(name, live, 2)
-        elif owner == "patch_embed.proj" or owner.endswith((".attn.proj", ".mlp.fc2")):
-            scale(name, live, 0)
-
-
 class L1(nn.Module):
-    """Objective: `base` + weight * sum of |gates| of the `GatedViT` that is trained.
-
-    Its gradient on a gate is the L1 subgradient, weight * sign(gate). base: cross-entropy or another
-    objective (its own parameters are trained along).
-    """
+    """Objective: `base` (cross-entropy or another) + weight * sum of |gates| of the `GatedViT` that is trained."""
 
     def __init__(self, weight=1e-4, base=cross_entropy):
         super().__init__()
         self.weight, self.base = weight, base
 
     def describe(self):
-        """All that tells this objective from another, as plain data to make keys of."""
+        """All that tells this objective from another, as plain data."""
         return {"weight": self.weight, "base": described(self.base)}
 
     @staticmethod

@@ -1,26 +1,19 @@
-"""What other libraries do to the same model, so that ours stands beside them: torch-pruning and timm.task."""
+"""What torch-pruning does to the same model, so that ours stands beside it."""
 
-import copy
 import warnings
 
 import torch
 
-from vitlab.compress.pruning.shape import narrow, prunable
-from vitlab.metrics.predict import input_size
-from vitlab.models.checkpoint import fingerprint
-from vitlab.train.loop import hits
-from vitlab.utils.device import eager
+from vitlab.compress.pruning.shape import narrow, prunable, sizes
 
 
 def torch_pruning(model, macs, *, multiple=8, step=0.02):
     """The channels torch-pruning would keep of `model` within `macs`: masks for `structured.slim`.
 
-    Its `BasePruner` with group magnitude over all layers at once (Fang et al. 2023, "DepGraph"), on a copy of
-    the model's blocks in timm's ViT, which it supports; head dimensions and MLP channels may go. Cut out
-    by `slim` these masks give the library's own pruned model (the tests hold them against each other).
-    model: a plain ViT with heads of one width. The smallest ratio that meets `macs`, in steps of `step`,
-    is taken.
-    Raises ValueError where the smallest it makes is still too large.
+    Its `BasePruner` with group magnitude over all layers at once (Fang et al. 2023, "DepGraph"), on a copy of the
+    model's blocks in timm's ViT; head dimensions and MLP channels may go. Cut out by `slim` these masks give the
+    library's own pruned model. model: a plain ViT with heads of one width. The smallest ratio that meets `macs`, in
+    steps of `step`, is taken; ValueError where the smallest it makes is still too large.
     """
     full = prunable(model)
     if any(len(b.heads) != 1 or b.heads[0][1] != b.heads[0][2] for b in full.config.shapes):
@@ -54,20 +47,16 @@ def _chosen(full, ratio, multiple):
 
 def _masks(pruner, copied, config):
     names = {module: name for name, module in copied.named_modules()}
-    masks = {}
-    for i, block in enumerate(config.shapes):
-        masks |= {f"blocks.{i}.qk": torch.ones(block.qk, dtype=torch.bool),
-                  f"blocks.{i}.v": torch.ones(block.v, dtype=torch.bool),
-                  f"blocks.{i}.mlp": torch.ones(block.hidden, dtype=torch.bool)}  # fmt: skip
+    masks = {name: torch.ones(n, dtype=torch.bool) for name, n in sizes(config, ("qk", "v", "mlp")).items()}
     for group in pruner.step(interactive=True):
         for dependency, units in group:
             name, outputs = names.get(dependency.target.module, ""), "out" in dependency.handler.__name__
             if name.endswith("attn.qkv") and outputs:
-                gone = torch.zeros(dependency.target.module.out_features, dtype=torch.bool)
-                gone[units] = True
-                q, _, v = gone.chunk(3)
-                masks[name.replace("attn.qkv", "qk")] &= ~q
-                masks[name.replace("attn.qkv", "v")] &= ~v
+                left = torch.ones(dependency.target.module.out_features, dtype=torch.bool)
+                left[units] = False
+                q, _, v = left.chunk(3)
+                masks[name.replace("attn.qkv", "qk")] &= q
+                masks[name.replace("attn.qkv", "v")] &= v
             elif name.endswith("mlp.fc1") and outputs:
                 masks[name.replace("mlp.fc1", "mlp")][units] = False
         group.prune()
@@ -91,42 +80,3 @@ def _timm(full):
     if found.unexpected_keys or any(k.startswith("blocks.") for k in found.missing_keys):
         raise ValueError(f"timm's ViT does not have these blocks: {found}")
     return made.eval()
-
-
-def timm_distillation(teacher, *, temperature=4.0, alpha=0.7):
-    """An objective for `fit` that is `timm.task.LogitDistillationTask`: its counterpart of `Distill`.
-
-    Loss: (1 - alpha) * cross-entropy + alpha * T^2 KL. Images are those of the data as they come; timm's
-    change of normalisation between student and teacher is off, as both read the same. ValueError: a
-    teacher that takes images of another size than the student.
-    """
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-    tasks = {}
-
-    def objective(model, batch):
-        if input_size(teacher, batch.images.shape[-1]) != batch.images.shape[-1]:
-            raise ValueError("timm.task gives the teacher the student's images: both must be of one size")
-        if model not in tasks:
-            tasks.clear()
-            tasks[model] = _task(model, teacher, temperature, alpha)
-        found = tasks[model](batch.images, batch.targets)
-        logs = {"accuracy": hits(found["output"], batch), "ce": found["task_loss"].detach(),
-                "kd": found["kd_loss"].detach()}  # fmt: skip
-        return found["loss"], logs
-
-    told = {"teacher": fingerprint(teacher), "temperature": temperature, "alpha": alpha}
-    objective.describe = lambda: told
-    return objective
-
-
-def _task(model, teacher, temperature, alpha):
-    from timm.task import LogitDistillationTask
-    from timm.task.distillation import DistillationTeacher
-
-    device = next(teacher.parameters()).device
-    held = DistillationTeacher(teacher, device=device)
-    eager(model).pretrained_cfg = {n: getattr(held, f"{n}_kd").flatten().tolist() for n in ("mean", "std")}
-    return LogitDistillationTask(
-        model, held, criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=1 - alpha, temperature=temperature,
-        device=device, verbose=False,
-    )  # fmt: skip

@@ -40,15 +40,14 @@ def prunable(model):
     return model
 
 
-def sizes(config, kinds=KINDS):
-    """{structure: units} of the given kinds. ValueError for unknown kinds and for "qk" under QK-norm."""
+def sizes(config, kinds=None):
+    """{structure: units} of these kinds (None: all that can be). ValueError for unknown ones and "qk" under QK-norm."""
+    kinds = [k for k in KINDS if k != "qk" or not config.qk_norm] if kinds is None else kinds
     if unknown := [k for k in kinds if k not in KINDS]:
         raise ValueError(f"kinds {', '.join(map(repr, unknown))}: choose from {', '.join(KINDS)}")
     if "qk" in kinds and config.qk_norm:
-        raise ValueError(
-            "kind 'qk' cannot be pruned exactly under QK-norm, whose statistics run over a head's channels; "
-            "supported for this model: v, heads, mlp, block, embed"
-        )
+        raise ValueError("kind 'qk' cannot be pruned exactly under QK-norm, whose statistics run over a head's channels"
+                         "; supported for this model: v, heads, mlp, block, embed")  # fmt: skip
     found = {}
     for i, block in enumerate(config.shapes):
         units = {"qk": block.qk, "v": block.v, "heads": len(block.each_head), "mlp": block.hidden, "block": 1}
@@ -69,11 +68,9 @@ def head_index(block, kind):
 
 def check(config, masks):
     """Raise ValueError unless every mask names a structure of the model and has its length."""
-    known = sizes(config, [k for k in KINDS if not (k == "qk" and config.qk_norm)])
+    known = sizes(config)
     for name, mask in masks.items():
         if name not in known:
-            if config.qk_norm and kind_of(name) == "qk":
-                sizes(config, ["qk"])
             raise ValueError(f"mask {name!r}: this model has no such structure; it has {', '.join(known)}")
         if mask.shape != (known[name],):
             raise ValueError(f"mask {name!r} has shape {tuple(mask.shape)}, the model needs ({known[name]},)")
@@ -82,40 +79,36 @@ def check(config, masks):
 def kept(config, masks):
     """What is left under `masks` ({structure: tensor}, non-zero = kept, absent = all kept).
 
-    Returns [(block index, [(query/key channels, value channels) of a kept head], MLP channels)] for the
-    blocks left, and the embedding channels; channels are int64 indices. Heads without values are gone, as
-    they add nothing; the rest are sorted so that equal widths stand together.
+    Returns [(block index, [(query/key channels, value channels) of a kept head], MLP channels)] for the blocks left,
+    and the embedding channels, as int64 indices. Heads without values are gone; the rest are sorted by their widths.
     """
     check(config, masks)
-    get = lambda name, n: masks[name].cpu() != 0 if name in masks else torch.ones(n, dtype=torch.bool)  # noqa: E731
+
+    def get(name, n):
+        return masks[name].cpu() != 0 if name in masks else torch.ones(n, dtype=torch.bool)
+
     blocks = []
     for i, block in enumerate(config.shapes):
         if not get(f"blocks.{i}.block", 1).all():
             continue
         live = get(f"blocks.{i}.heads", len(block.each_head))
-        channels = []
-        for kind, size in (("qk", block.qk), ("v", block.v)):
-            widths = [w[kind == "v"] for w in block.each_head]
-            mask = get(f"blocks.{i}.{kind}", size)
-            ids = torch.arange(size)
-            channels.append([j[m] for j, m in zip(ids.split(widths), mask.split(widths))] if widths else [])
-        heads = [(qk, v) for qk, v, on in zip(*channels, live) if on and len(v)]
+        left = {kind: get(f"blocks.{i}.{kind}", size) for kind, size in (("qk", block.qk), ("v", block.v))}
+        channels = [[(left[kind] & (head_index(block, kind) == h)).nonzero().flatten() for kind in left]
+                    for h in live.nonzero().flatten()]  # fmt: skip
+        heads = [(qk, v) for qk, v in channels if len(v)]
         heads.sort(key=lambda head: (-len(head[0]), -len(head[1])))
         blocks.append((i, heads, get(f"blocks.{i}.mlp", block.hidden).nonzero().flatten()))
     return blocks, get("embed", config.dim).nonzero().flatten()
 
 
-def narrow(config, masks, norm="all"):
-    """The config left under `masks`. norm "all" | "kept": the channels of LayerNorm's statistics."""
-    if norm not in ("all", "kept"):
-        raise ValueError(f"norm={norm!r}: choose 'all' (equal to the masked model) or 'kept' (plain LayerNorms)")
+def narrow(config, masks):
+    """The config left under `masks`; its LayerNorms count removed embedding channels as zeros."""
     left, embed = kept(config, masks)
     blocks = tuple(
         replace(config.shapes[i], heads=runs([(len(qk), len(v)) for qk, v in heads]), hidden=len(hidden))
         for i, heads, hidden in left
     )
-    dim, whole = len(embed), config.norm_dim or config.dim
-    if not dim:
+    if not len(embed):
         raise ValueError(f"embed: at least 1 embedding channel must be left of {config.dim}")
-    return replace(config, blocks=blocks, dim=dim, norm_dim=whole if norm == "all" else None,
-                   stem_dim=config.stem_width)  # fmt: skip
+    whole = config.norm_dim or config.dim
+    return replace(config, blocks=blocks, dim=len(embed), norm_dim=whole, stem_dim=config.stem_width)

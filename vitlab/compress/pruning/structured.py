@@ -21,6 +21,9 @@ from vitlab.compress.pruning.gates import GatedViT
 from vitlab.compress.pruning.shape import head_index, kept, narrow, prunable
 from vitlab.data.datasets import Dataset
 
+READERS = ("cls_token", "dist_token", "reg_token", "pos_embed", "head.weight", "head_dist.weight", "head.0.weight",
+           "head_dist.0.weight")  # their last axis is the embedding  # fmt: skip
+
 
 def shape_of(model):
     """The `ViTConfig` of a model: its widths, `.macs()` and `.parameters()`."""
@@ -42,19 +45,16 @@ def masked(model, masks):
 
 
 @torch.no_grad()
-def slim(model, masks=None, norm="all"):
+def slim(model, masks=None):
     """The plain, physically smaller ViT that equals `masked(model, masks)`.
 
     model: anything `prunable` takes, or a `GatedViT`, whose gates are multiplied into the weights (and whose
     masks and zero gates are left out as well). masks: {structure: tensor, non-zero = kept}.
-    norm: "all": LayerNorms count removed embedding channels as the zeros they are in the masked model;
-    "kept": plain LayerNorms over the channels that are left, faster, not equal once the embedding is pruned.
     """
     gated = masked(model, masks or {})
     core, values = gated.core, {k: v.detach() for k, v in gated.values().items()}
     state = core.state_dict() | gated.folded()
-    config = narrow(core.config, values, norm)
-    small = config.build().to(next(core.parameters()).device, next(core.parameters()).dtype)
+    small = narrow(core.config, values).build().to(next(core.parameters()).device, next(core.parameters()).dtype)
     small.load_state_dict(sliced(state, core.config, values))
     return small.train(model.training)
 
@@ -65,52 +65,43 @@ def sliced(state, config, masks):
     embed = embed.to(state["norm.weight"].device)
     new = {}
     for name, w in state.items():
-        if name.startswith("blocks."):
-            continue
-        if name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
-            new[name] = w[..., embed]
-        elif name.startswith(("norm.", "patch_embed.proj.")):
+        if name.startswith(("norm.", "patch_embed.proj.")):
             new[name] = w[embed]
-        elif name in ("head.weight", "head_dist.weight", "head.0.weight", "head_dist.0.weight"):
-            new[name] = w[:, embed]
-        else:
-            new[name] = w
+        elif not name.startswith("blocks."):
+            new[name] = w[..., embed] if name in READERS else w
     for j, (i, heads, hidden) in enumerate(blocks):
-        part = {k.removeprefix(f"blocks.{i}."): v for k, v in state.items() if k.startswith(f"blocks.{i}.")}
-        new |= {f"blocks.{j}.{k}": v for k, v in _block(part, config.shapes[i], heads, hidden, embed).items()}
+        rows, columns = _left(config.shapes[i], heads, hidden.to(embed.device), embed)
+        gone = [] if heads else ["norm1", "attn.qkv", "attn.q_norm", "attn.k_norm"]
+        gone += [] if len(hidden) else ["norm2", "mlp.fc1", "mlp.conv"]
+        for name, w in state.items():
+            part = name.removeprefix(f"blocks.{i}.")
+            layer, kind = part.rpartition(".")[::2]
+            if part == name or layer in gone:
+                continue
+            found = rows.get(part, rows.get(layer))  # QK-norms stay as they are
+            w = w if found is None else w[found]
+            new[f"blocks.{j}.{part}"] = w[:, columns[layer]] if kind == "weight" and layer in columns else w
     return new
 
 
-def _block(state, block, heads, hidden, embed):
-    device = embed.device
+def _left(block, heads, hidden, embed):
+    """({layer or parameter: rows}, {layer: columns of its weight}) that are left of a block."""
     empty = torch.zeros(0, dtype=torch.long)
-    qk = torch.cat([qk for qk, _ in heads] or [empty]).to(device)
-    v = torch.cat([v for _, v in heads] or [empty]).to(device)
-    rows, hidden = torch.cat([qk, block.qk + qk, 2 * block.qk + v]), hidden.to(device)
-    cut = {
-        "norm1.weight": lambda w: w[embed], "norm1.bias": lambda w: w[embed],
-        "attn.qkv.weight": lambda w: w[rows][:, embed], "attn.qkv.bias": lambda w: w[rows],
-        "attn.proj.weight": lambda w: w[embed][:, v], "attn.proj.bias": lambda w: w[embed],
-        "attn.rank": lambda w: w[qk], "attn.gate": lambda w: w[head_index(block, "v").to(device)[v].unique()],
-        "ls1.gamma": lambda w: w[embed], "ls2.gamma": lambda w: w[embed],
-        "norm2.weight": lambda w: w[embed], "norm2.bias": lambda w: w[embed],
-        "mlp.fc1.weight": lambda w: w[hidden][:, embed], "mlp.fc1.bias": lambda w: w[hidden],
-        "mlp.conv.weight": lambda w: w[hidden], "mlp.conv.bias": lambda w: w[hidden],
-        "mlp.fc2.weight": lambda w: w[embed][:, hidden], "mlp.fc2.bias": lambda w: w[embed],
-    }  # fmt: skip
-    new = {k: cut[k](w) if k in cut else w for k, w in state.items()}  # QK-norms stay as they are
-    gone = [] if heads else ["norm1", "attn.qkv", "attn.q_norm", "attn.k_norm"]
-    gone += [] if len(hidden) else ["norm2", "mlp.fc1", "mlp.conv"]
-    return {k: w for k, w in new.items() if k.rpartition(".")[0] not in gone}
+    qk, v = (torch.cat([head[i] for head in heads] or [empty]).to(embed.device) for i in (0, 1))
+    rows = dict.fromkeys(("norm1", "attn.proj", "ls1", "norm2", "mlp.fc2", "ls2"), embed)
+    rows |= dict.fromkeys(("mlp.fc1", "mlp.conv"), hidden)
+    rows |= {"attn.qkv": torch.cat([qk, block.qk + qk, 2 * block.qk + v]), "attn.rank": qk,
+             "attn.gate": head_index(block, "v").to(embed.device)[v].unique()}  # fmt: skip
+    return rows, {"attn.qkv": embed, "attn.proj": v, "mlp.fc1": embed, "mlp.fc2": hidden}
 
 
-def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, norm="all",
-          uniform=True, **budget):  # fmt: skip
+def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), images=256, seed=0, uniform=True,
+          **budget):  # fmt: skip
     """The plain, smaller ViT that is left of a model within a budget: scored, selected and cut in one call.
 
     model: a ViT of ours or timm's, or a GatedViT. data: a Dataset, of which `images` of the training split are drawn
     from `seed`, or [(images, labels), ...] as the model takes them; "magnitude", "geometric-median", "random" and
-    "gates" need none. criterion, kinds: as in `score`; norm: as in `slim`; budget: one of ratio=, macs=, latency=, and
+    "gates" need none. criterion, kinds: as in `score`; budget: one of ratio=, macs=, latency=, and
     further options of `select`. uniform: the heads of a block get one width; False: each its own, which keeps better
     units and is slower. Raises ValueError for a model that cannot be pruned, a budget that cannot be met, or that the
     model meets as it is.
@@ -120,4 +111,4 @@ def prune(model, data=None, *, criterion="taylor", kinds=("qk", "v", "mlp"), ima
         data = calibration(data, images, seed=seed, size=shape.image_size)
     scores = score(model, criterion, kinds=kinds, data=data, seed=seed)
     masks = select(shape, scores, uniform=uniform, **budget)
-    return slim(model, masks, norm)
+    return slim(model, masks)

@@ -6,26 +6,21 @@ from vitlab.models.timm import as_vit
 
 class Adapter:
     """`model`, a ViT or a timm VisionTransformer as ours. prefix: tokens that always stay; read: how many of them the
-    head reads (0: the patches' mean); patches, depth: how many there are; grid: (rows,
-    columns) of patches; local: whether MLPs mix neighbours on it.
-
-    ValueError names what it has that is not handled, since passing over it would silently give wrong outputs.
+    head reads (0: the patches' mean); patches, depth: how many there are; grid: its side in patches; local: whether
+    MLPs mix neighbours on it. ValueError names what it has that is not handled and would give wrong outputs.
     """
 
     def __init__(self, model):
         self.model = model = as_vit(model)
         config = model.config
-        found = {
-            **{f"{type(b.attn).__name__} (only softmax attention has the scores)": True
-               for b in model.blocks if type(b.attn).forward is not Attention.forward},
-            "blocks without a head": not all(shape.heads for shape in config.shapes),
-            "blocks without MLP channels": not all(shape.hidden for shape in config.shapes),
-        }  # fmt: skip
-        if any(found.values()):
-            raise ValueError(f"token reduction does not handle {', '.join(k for k, v in found.items() if v)}, "
-                             "which this model has")  # fmt: skip
+        found = [f"{type(b.attn).__name__} (only softmax attention has the scores)"
+                 for b in model.blocks if type(b.attn).forward is not Attention.forward][:1]  # fmt: skip
+        found += [] if all(shape.heads for shape in config.shapes) else ["blocks without a head"]
+        found += [] if all(shape.hidden for shape in config.shapes) else ["blocks without MLP channels"]
+        if found:
+            raise ValueError(f"token reduction does not handle {', '.join(found)}, which this model has")
         self.prefix, self.patches, self.depth = config.prefix_tokens, config.grid**2, len(model.blocks)
-        self.grid, self.local = (config.grid, config.grid), config.mlp == "conv"
+        self.grid, self.local = config.grid, config.mlp == "conv"
         self.read = 1 + config.distilled if config.pool == "cls" else 0
 
     @staticmethod

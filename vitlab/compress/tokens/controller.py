@@ -1,8 +1,4 @@
-"""Token reduction that changes: with the epoch, with the validation curve, and from image to image.
-
-The hooks are for `fit(on_epoch=...)`; their state is plain data. `AdaptiveViT` chooses one of a few fixed
-configurations by what the first blocks show, so that each is compiled once.
-"""
+"""Token reduction that changes: with the epoch and the validation curve (hooks of `fit`), and from image to image."""
 
 import math
 import statistics
@@ -11,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.compress.tokens.reducer import Reducer
+from vitlab.compress.tokens.reducer import Reducer, Tokens
 from vitlab.compress.tokens.scores import entropy
 from vitlab.utils.device import evaluating
 
@@ -28,7 +24,6 @@ class PruneFrom:
         model.active = epoch >= self.start
 
     def describe(self):
-        """What makes an arm that is trained with it another arm, as plain data."""
         return {"prune from": self.start}
 
 
@@ -57,7 +52,6 @@ class SlopeSchedule:
         model.reduce_by(r_max=self.now, counts=None)
 
     def describe(self):
-        """What makes an arm that is trained with it another arm, as plain data."""
         return {"by slope": self.settings}
 
     def state_dict(self):
@@ -73,9 +67,8 @@ class AdaptiveViT(nn.Module):
     levels: TokenConfigs that leave the first block alone. The choice is made after it, by the entropy of the attention
     that the head reads (in [0, 1]; a sharp gaze needs fewer tokens): level i of an image with entropy below
     thresholds[i - 1] (which must fall), or by a `controller` once `fit_controller` has set one.
-    per: "image": each image by itself; images of one level run together (the device is asked once a batch how
-    many there are). "batch": one level for all by their mean entropy, as published; for training only, since
-    then a prediction does hang on its batch-mates: eval mode goes by image whatever `per` says.
+    per: "image": each image by itself; images of one level run together. "batch": one level for all by their mean
+    entropy, as published; for training only: eval mode goes by image whatever `per` says.
     """
 
     def __init__(self, model, levels, thresholds, *, per="image"):
@@ -86,7 +79,7 @@ class AdaptiveViT(nn.Module):
             raise ValueError(f"thresholds={thresholds}: {len(levels) - 1} falling numbers are needed")
         self.model, self.controller, self.per, self.thresholds = model, None, per, tuple(thresholds)
         self.reducers = [Reducer(model.adapter, level) for level in levels]
-        whole = model.adapter.prefix + model.adapter.patches
+        whole = self.reducers[0].total
         if any(level.counts[0] < whole for level in self.reducers):
             raise ValueError("a level removes tokens before the choice: protect the first block")
         self.shares = [sum(level.counts) / (len(level.counts) * whole) for level in self.reducers]  # of all tokens
@@ -104,10 +97,9 @@ class AdaptiveViT(nn.Module):
         sharpness, seen, state = self.gaze(images)
         if self.controller is not None:
             return self.controller(seen).argmax(1), state
-        bounds = torch.tensor(self.thresholds, device=images.device)
         if self.training and self.per == "batch":
             sharpness = sharpness.mean().expand_as(sharpness)
-        return (sharpness[:, None] < bounds).sum(1), state
+        return (sharpness[:, None] < torch.tensor(self.thresholds, device=images.device)).sum(1), state
 
     def forward(self, images):
         """images B C H W -> logits B K."""
@@ -116,9 +108,8 @@ class AdaptiveViT(nn.Module):
         order, parts = chosen.argsort(stable=True).split(sizes), []
         for reducer, rows in zip(self.reducers, order):
             if len(rows):
-                # the sequence of these images
-                picked = type(state)(**{k: None if v is None else v[rows] for k, v in vars(state).items()})
-                parts.append(reducer.finish(picked, 1))
+                picked = {name: None if value is None else value[rows] for name, value in vars(state).items()}
+                parts.append(reducer.finish(Tokens(**picked), 1))
         if not self.training:
             self.used = [a + b for a, b in zip(self.used, sizes)]
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -139,11 +130,10 @@ def features(view):
 def fit_controller(adaptive, images, labels, share, *, epochs=200, seed=0, batch=256):
     """Train a controller for `adaptive` on calibration images; the ViT stays as it is.
 
-    That is two small layers from `features` to one logit a level. Every level is run once on every image; then they
-    minimise, over their own choice p of level, the expected loss sum_l p_l (cross-entropy_l + price * tokens_l /
-    tokens_plain), exactly and without sampling. share: the mean of tokens_l / tokens_plain to come out at; the price
-    is found for it by bisection. images: normalised, B C H W. Returns (controller, {"price", "tokens": the mean share
-    that came out, "share" of images at each level}).
+    Two small layers from `features` to one logit a level minimise, over their own choice p of level, the expected loss
+    sum_l p_l (cross-entropy_l + price * tokens_l / tokens_plain), exactly. share: the mean of tokens_l / tokens_plain
+    to come out at; the price is found for it by bisection. images: normalised, B C H W. Returns (controller, {"price",
+    "tokens": the mean share that came out, "share" of images at each level}).
     """
     shares = torch.tensor(adaptive.shares, device=images.device)
     if not shares.min() <= share <= shares.max():

@@ -1,8 +1,7 @@
 """What becomes of the tokens that are removed: dropped, fused into one, or merged into one that stays.
 
-An action turns scores and keys into `Plan`s; a plan maps B N D tokens to B K D ones, for each image its own
-way, with static shapes and without a look at the data from the host, so that it compiles and is captured in
-a CUDA graph.
+A `Plan` maps B N D tokens to B K D ones, for each image its own way, with static shapes and without a look at the data
+from the host, so that it compiles and is captured in a CUDA graph.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ import torch
 
 from vitlab.compress.tokens.schedule import bipartite_rounds
 
-ACTIONS = ("drop", "fuse", "merge", "nearest", "edge", "ward")
-MERGES = ("merge", "nearest", "edge", "ward")
+ACTIONS = ("drop", "fuse", "merge", "ward")
+MERGES = ("merge", "ward")  # they go by likeness alone; the others by score
 METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
 
 
@@ -37,11 +36,10 @@ def add_rows(base, index, source):
 class Plan:
     """Which tokens stay and where the others go.
 
-    stay: B S, rows of the input that stay, prefix first. gone: B R, the others. target: B R, the output row
-    each of them joins, or None if they are dropped. mass: B N, what each token counts in the mean of its row
-    (None: all the same). fused: the output has one more row, at its end, made of the gone ones alone.
-    lengths: a joined row keeps the mean length of its tokens; a plain mean of vectors that point in different
-    directions is shorter than they are (Kim et al. 2024, "Token fusion").
+    stay: B S, rows of the input that stay, prefix first. gone: B R, the others. target: B R, the output row each of
+    them joins, or None if they are dropped. mass: B N, what each token counts in the mean of its row (None: the same).
+    fused: the output has one more row, at its end, made of the gone ones alone. lengths: a joined row keeps the mean
+    length of its tokens, where a plain mean is shorter (Kim et al. 2024, "Token fusion").
     """
 
     stay: torch.Tensor
@@ -90,10 +88,6 @@ class Plan:
             return kept
         sums = self._added(kept.flatten(), take(x, self.gone).flatten(), flat(self.target, self.rows))
         return sums.unflatten(0, (-1, self.rows))
-
-    def patch_total(self, x, prefix):
-        """As `total`, for one number a patch (B P), the prefix tokens left out."""
-        return self.total(torch.cat([x.new_zeros(len(x), prefix), x], dim=1))[:, prefix:]
 
     @property
     def rows(self):
@@ -148,36 +142,21 @@ def fuse(score, keep, prefix):
     return Plan(stay, gone, torch.full_like(gone, stay.shape[1]), mass, fused=True)
 
 
-def nearest(score, keys, keep, prefix, size):
-    """Each of the lowest-scored patches joins the kept patch with the most similar key (cosine).
-
-    keys: unit keys B P d.
-    """
-    stay, gone = split_by(score, keep, prefix)
-    cosine = take(keys, gone - prefix) @ take(keys, stay[:, prefix:] - prefix).transpose(1, 2)
-    return Plan(stay, gone, cosine.argmax(-1) + prefix, size)
-
-
-def bipartite(keys, merged, prefix, size, importance=None, power=0.0, ward=False):
+def bipartite(keys, merged, prefix, size, power=0.0):
     """One round of bipartite soft matching (ToMe, Bolya et al. 2023, section 3), with priced edges.
 
     Every other patch is a source, the rest are destinations; each source has one edge, to its cheapest
-    destination; the `merged` cheapest edges are taken. An edge costs 1 - cosine, as in ToMe; times importance ** power
-    (of the source) if there is one; times (2 a b / (a + b)) ** power with `ward`, for tokens that stand for a and b
-    patches, so that what stands for much already is not merged further for little. Only at power 1 is that Ward's
-    criterion (1963), a b / (a + b) * distance^2, the growth of the variance within clusters.
-    keys: unit vectors B P d; importance: B P, positive, or None; size: B N or None (all 1).
+    destination; the `merged` cheapest edges are taken. An edge costs 1 - cosine, as in ToMe, times (2 a b / (a + b)) **
+    power for tokens that stand for a and b patches, so that what stands for much already is not merged further for
+    little. Only at power 1 is that Ward's criterion (1963), a b / (a + b) * distance^2, the growth of the variance
+    within clusters. keys: unit vectors B P d; size: B N or None (all 1).
     """
     b, patches, _ = keys.shape
     # destinations are the even patches, so that there are never fewer of them than sources
-    worth, weight = (keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)).float(), None  # B sources destinations
-    if ward and size is not None:
+    worth = (keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)).float()  # B sources destinations
+    if size is not None and power:
         one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
-        weight = 2 * one * other / (one + other)
-    elif importance is not None:
-        weight = (importance[:, 1::2, None] / importance.mean(1)[:, None, None]).clamp_min(1e-12)
-    if weight is not None and power:
-        worth = (worth - 1) * weight**power
+        worth = (worth - 1) * (2 * one * other / (one + other)) ** power
     best, partner = worth.max(-1)
     sources = best.shape[1]
     ranked = best.topk(sources, dim=1).indices
@@ -197,18 +176,14 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
         return [Plan(*split_by(score, keep, prefix))]
     if action == "fuse":
         return [fuse(score, keep, prefix)]
-    if action == "nearest":
-        return [replace(nearest(score, keys, keep, prefix, size), lengths=lengths)]
-    found, ward = [], action == "ward"
-    importance = score if action == "edge" else None
+    found = []
     for _, _, merged in bipartite_rounds(keys.shape[1], keep):
-        plan = bipartite(keys, merged, prefix, size, importance, power, ward)
-        found.append(plan)
+        plan = bipartite(keys, merged, prefix, size, power if action == "ward" else 0.0)
+        found.append(replace(plan, lengths=lengths))
         if plan.rows == prefix + keep:
             break
-        # the next round sees the merged tokens: their mean key, their importance and size summed
+        # the next round sees the merged tokens: their mean key, their size summed
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
         keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
-        importance = None if importance is None else plan.patch_total(importance, prefix)
         size = plan.total(padded.new_ones(padded.shape[:2], dtype=torch.float32) if size is None else size)
-    return [replace(plan, lengths=lengths) for plan in found]
+    return found

@@ -15,9 +15,9 @@ from vitlab.compress.tokens.scores import POSITIONED, SCORES, View, random_facto
 class Tokens:
     """The sequence between two blocks.
 
-    x: B N D. size: B N patches that each token stands for (1 for prefix tokens), or None: all 1. positions:
-    B N original patch of each token (-1: none of its own). owner: B n, the row among the patches that each
-    original patch is now in; the number of patches left where it was dropped. score: B P moving average.
+    x: B N D. size: B N patches that each token stands for, or None: all 1. positions: B N original patch of each token
+    (-1: none of its own). owner: B n, the row among the patches that each original patch is now in; the number of
+    patches left where it was dropped. score: B P moving average.
     """
 
     x: torch.Tensor
@@ -28,7 +28,7 @@ class Tokens:
 
 
 class Reducer:
-    """Runs the model of `parts` (an Adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
+    """Runs the model of `parts` (Adapter) by `config` (TokenConfig); `counts`: tokens after each block."""
 
     def __init__(self, parts, config):
         self.parts, self.config = parts, config
@@ -41,10 +41,6 @@ class Reducer:
         self.owned = reduced and parts.local
         self.placed = reduced and (config.score in POSITIONED or (parts.local and config.action == "drop"))
 
-    def __call__(self, images, seen=None):
-        """images -> logits; `seen`: lists to fill with what each block leaves (see TokenViT)."""
-        return self.finish(self.start(images, seen is not None), 0, seen)
-
     def start(self, images, record=False):
         """images -> the sequence before the first block."""
         state, prefix = Tokens(self.parts.model.embed(images)), self.parts.prefix
@@ -56,7 +52,7 @@ class Reducer:
         return state
 
     def finish(self, state, layer, seen=None):
-        """Blocks from `layer` on, and the head -> logits."""
+        """Blocks from `layer` on, and the head -> logits; `seen`: lists to fill with what each block leaves."""
         parts, last = self.parts, self.parts.depth - 1
         for i in range(layer, parts.depth):
             pooled = i == last and self.config.pooled_last and parts.read
@@ -81,12 +77,10 @@ class Reducer:
 
     def view(self, layer, state, query=None, key=None):
         """What the scores see of block `layer`."""
-        parts, config, block = self.parts, self.config, self.parts.model.blocks[layer]
         if query is None:
+            block = self.parts.model.blocks[layer]
             query, key, _ = block.attn.split(block.norm1(state.x))
-        positions = None if state.positions is None else state.positions[:, parts.prefix :]
-        return View(query, key, parts.prefix, parts.read, self._bias(state), positions, state.score,
-                    config.ema, self.factors[layer], parts.grid, block.attn.scale)  # fmt: skip
+        return View(self, layer, state, query, key, self._bias(state))
 
     def _bias(self, state):
         """Proportional attention: a token that stands for s patches is attended s times (ToMe, eq. 1)."""
@@ -137,36 +131,33 @@ class Reducer:
             if owner is not None:
                 owner = torch.gather(plan.source(before) - prefix, 1, owner + prefix)
             if score is not None:
-                score = plan.patch_total(score, prefix)
+                score = plan.total(torch.cat([score.new_zeros(len(score), prefix), score], dim=1))[:, prefix:]
             state = Tokens(x, size, positions, owner, score)
         return state
 
     def _mixed(self, block, state, hidden):
         """The MLP's depthwise convolution for tokens that have left the grid, on their hidden features B N H.
 
-        Every patch of the grid gets the hidden features of the token it is in (nothing where it was dropped,
-        as beyond the border), the convolution runs over the whole grid, and a token gets the mean over its
-        patches.
+        Every patch of the grid gets the features of the token it is in (nothing where it was dropped, as beyond the
+        border), the convolution runs over the whole grid, and a token gets the mean over its patches.
         """
-        parts, owner = self.parts, state.owner
+        parts, owner, drops = self.parts, state.owner, self.config.action == "drop"
         prefix, left = parts.prefix, state.x.shape[1] - parts.prefix
-        patches, drops = hidden[:, prefix:], self.config.action == "drop"
+        patches = hidden[:, prefix:]
         image = take(patches, owner.clamp_max(left - 1) if drops else owner)
         image = image * (owner < left)[..., None] if drops else image
-        image = image.unflatten(1, parts.grid).permute(0, 3, 1, 2)
+        image = image.unflatten(1, (parts.grid, -1)).permute(0, 3, 1, 2)
         out = block.mlp.conv(image).permute(0, 2, 3, 1).flatten(1, 2)
-        mixed = patches + self._gathered(out, state, left)
+        if drops:
+            out = take(out, state.positions[:, prefix:])
+        else:
+            if state.size is None:
+                times = add_rows(out.new_zeros(len(out), left), owner, out.new_ones(owner.shape))
+            else:  # a token is in as many patches as its size says
+                times = state.size[:, prefix:].to(out.dtype)
+            out = add_rows(out.new_zeros(len(out), left, out.shape[2]), owner, out) / times[..., None]
+        mixed = patches + out
         return torch.cat([hidden[:, :prefix], mixed], dim=1) if prefix else mixed
-
-    def _gathered(self, out, state, left):
-        """Grid B n H -> tokens B P H: the mean over each token's patches."""
-        if self.config.action == "drop":
-            return take(out, state.positions[:, self.parts.prefix :])
-        sums = add_rows(out.new_zeros(len(out), left, out.shape[2]), state.owner, out)
-        if state.size is not None:  # a token is in as many patches as its size says
-            return sums / state.size[:, self.parts.prefix :, None].to(out.dtype)
-        times = add_rows(out.new_zeros(len(out), left), state.owner, out.new_ones(state.owner.shape))
-        return sums / times[..., None]
 
     def _read_rows(self, state):
         """The last block for the prefix tokens that the head reads, and no others."""

@@ -13,7 +13,7 @@ from vitlab.compress.tokens import schedule as schedules
 from vitlab.compress.tokens.adapter import Adapter
 from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
-from vitlab.compress.tokens.scores import SCORES, SIGNED, UNSCORED
+from vitlab.compress.tokens.scores import SCORES, SIGNED
 from vitlab.models.checkpoint import Wrapper, as_dataclass, register
 from vitlab.utils.checks import is_number
 
@@ -26,9 +26,8 @@ class TokenConfig:
     or `counts`, the tokens after each block, outright.
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
-    action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "nearest" (each lowest-scored into its
-    most similar kept token); "edge" (ToMe, priced by score ** power); "ward": the study's own, a norm-preserving merge
-    of what is alike in the block's normalised input, priced by size (see `merge.bipartite`).
+    action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "ward": the study's own, a norm-preserving merge of
+    what is alike in the block's normalised input, priced by size ** power (see `merge.bipartite`).
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     pooled_last: the last block computes only the class tokens that the head reads (same output; mean-pooled
@@ -51,18 +50,16 @@ class TokenConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("protect", "counts"):
-            value = getattr(self, name)
+        for name, value in (("protect", self.protect), ("counts", self.counts)):
             if value is not None and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
                 raise ValueError(f"{name}={value!r}: numbers, one a block, are needed, in a tuple or a list")
             object.__setattr__(self, name, value if value is None else tuple(map(int, value)))
         schedules.schedule(2, 1, self.r_max, self.alpha, self.rule, kind=self.schedule)  # refuses what none can have
-        choices = {"score": SCORES, "action": ACTIONS, "metric": (None, *METRICS)}
-        for name, allowed in choices.items():
+        for name, allowed in (("score", SCORES), ("action", ACTIONS), ("metric", (None, *METRICS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
-        if self.action in ("fuse", "edge") and self.score in SIGNED:
-            raise ValueError(f"action={self.action!r} weighs tokens by score; {self.score!r} is not positive")
+        if self.action == "fuse" and self.score in SIGNED:
+            raise ValueError(f"action='fuse' weighs tokens by score; {self.score!r} is not positive")
         if not (is_number(self.ema) and 0 <= self.ema < 1):
             raise ValueError(f"ema={self.ema!r}: a number in [0, 1) is needed")
         if not (is_number(self.power) and self.power >= 0):
@@ -70,8 +67,8 @@ class TokenConfig:
 
     @property
     def scored(self):
-        """Whether the score decides anything: "merge" and "ward" go by likeness alone."""
-        return self.action not in UNSCORED
+        """Whether the score decides anything."""
+        return self.action not in MERGES
 
     @property
     def likeness(self):
@@ -84,17 +81,13 @@ class TokenConfig:
 
     def counts_for(self, n, depth, prefix):
         """The tokens after each block of a model with n tokens, `prefix` of them before the patches."""
-        counts = self.counts
-        if counts is None:
-            counts = schedules.schedule(n, depth, self.r_max, self.alpha, self.rule, kind=self.schedule, prefix=prefix,
-                                        protect=self.protect)  # fmt: skip
-        return schedules.check_counts(counts, n, depth, prefix)
+        if self.counts is not None:
+            return schedules.check_counts(self.counts, n, depth, prefix)
+        return tuple(schedules.schedule(n, depth, self.r_max, self.alpha, self.rule, kind=self.schedule, prefix=prefix,
+                                        protect=self.protect))  # fmt: skip
 
     def sized(self, read):
-        """Whether sizes are kept account of: a mean-pooled head counts a token as often as it stands for patches.
-
-        read: class tokens that the head reads (0: the mean).
-        """
+        """Whether sizes are kept account of. read: class tokens that the head reads (0: the mean, counted by size)."""
         return self.action in MERGES or (self.action == "fuse" and not read)
 
 
@@ -119,10 +112,7 @@ class ReducedConfig(Wrapper):
 
 
 class TokenViT(nn.Module):
-    """A ViT on fewer tokens. It shares parameters, buffers and submodules, under their names, with `plain`.
-
-    tokens: counts after each block. active: False runs the plain model.
-    """
+    """A ViT on fewer tokens that shares all it has, under the same names, with `plain`. active: False runs that one."""
 
     def __init__(self, model, config):
         super().__init__()
@@ -142,7 +132,6 @@ class TokenViT(nn.Module):
 
     @property
     def config(self):
-        """Both configurations, the model's and the reduction's."""
         return ReducedConfig(base=self.plain.config, tokens=self.token_config)
 
     @property
@@ -153,8 +142,7 @@ class TokenViT(nn.Module):
     def reduce_by(self, config=None, **changes):
         """Take another configuration from now on, or change the present one (counts=..., r_max=...).
 
-        A compiled model is compiled again for it. Dynamo stops after eight versions of one function, whichever
-        model they are of, and runs eagerly from then on: call `torch.compiler.reset()` between arms.
+        A compiled model is compiled again for it; dynamo stops after eight versions (`torch.compiler.reset()`).
         """
         config = dataclasses.replace(config or self.token_config, **changes)
         self.reducer, self.token_config = Reducer(self.adapter, config), config
@@ -176,20 +164,18 @@ class TokenViT(nn.Module):
         if not self.active:
             return self.plain(images, intermediates=True) if intermediates else self.plain(images)
         seen = {"tokens": [], "size": [], "kept": [], "owners": []} if intermediates else None
-        logits = self.reducer(images, seen)
+        logits = self.reducer.finish(self.reducer.start(images, intermediates), 0, seen)
         return (logits, seen) if intermediates else logits
 
     def macs(self):
-        """Closed-form multiply-accumulates of one image, with stem and head; see `schedule.macs`."""
         return self.config.macs() if self.active else self.plain.config.macs()
 
 
 def reduce_tokens(model, config=None, **options):
     """`model` on fewer tokens: a `TokenViT` around our ViT, or a timm VisionTransformer as ours, sharing its weights.
 
-    config: a TokenConfig; options: its fields (r_max=0.6, alpha=2.0, score="cls", action="drop", ...), which
-    change `config` if both are given. State dict, training and eval are those of `model`. ValueError names
-    what the model has that is not handled, or the option that is wrong.
+    config: a TokenConfig; options: its fields, which change `config` if both are given. ValueError names what the model
+    has that is not handled, or the option that is wrong.
 
         small = reduce_tokens(model, r_max=0.6, alpha=1.5, action="merge")
         logits = small(images); small.tokens; small.macs()

@@ -6,7 +6,6 @@ from vitlab.utils.checks import is_number
 
 RULES = ("published", "exact")
 SCHEDULES = ("power", "constant")
-FULL_MAP_SCORES = ("received", "received-ema", "received-normalised", "entropy", "variance")
 ROW_SCORES = ("cls", "cls-ema", "cls-normalised")
 
 
@@ -16,15 +15,12 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     n: tokens that enter the first block, `prefix` of them never removed, nor is the last patch; the blocks in
     `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
-    "constant": removes the same number of patches, r_max * (n - prefix), as ToMe does (Bolya et al. 2023), as long as
-        there are so many (fractions of a patch add up).
+    "constant": removes r_max * (n - prefix) patches, as ToMe does (Bolya et al. 2023; fractions of a patch add up).
 
     The rule says where a count acts; the numbers are the same for both:
-    "published": after the block, so block l still computes with the count of block l - 1 and the last
-        count saves nothing.
-    "exact": inside the block it is counted for, between attention and MLP (as in EViT and ToMe). The
-        attention of block l has the keys of count l - 1; its MLP (and, where tokens are dropped, its queries and
-        projection too) has count l. Nothing is removed after the last block's MLP.
+    "published": after the block, so block l still computes with the count of block l - 1.
+    "exact": inside the block, between attention and MLP (as in EViT and ToMe). The attention of block l has the keys of
+        count l - 1; its MLP (and, where tokens are dropped, its queries and projection too) has count l.
     """
     for name, value, allowed in (("rule", rule, RULES), ("schedule", kind, SCHEDULES)):
         if value not in allowed:
@@ -56,18 +52,13 @@ def check_counts(counts, n, layers, prefix):
         raise ValueError(f"counts has {len(counts)} entries; the model has {layers} blocks")
     for before, after in zip((n, *counts), counts):
         if not prefix < after <= before:
-            raise ValueError(
-                f"counts={list(counts)}: each must be at most the one before (the model has {n} tokens) and "
-                f"more than the {prefix} tokens that always stay"
-            )
+            raise ValueError(f"counts={list(counts)}: each must be at most the one before (the model has {n} tokens) "
+                             f"and more than the {prefix} tokens that always stay")  # fmt: skip
     return counts
 
 
 def bipartite_rounds(patches, left):
-    """[(sources, destinations, merged)] of the bipartite rounds that bring `patches` down to `left`.
-
-    One round can remove at most half of the tokens, so a steep step takes several.
-    """
+    """[(sources, destinations, merged)] of the rounds that bring `patches` down to `left`, each by half at most."""
     rounds = []
     while patches > left:
         sources = patches // 2
@@ -88,7 +79,7 @@ def macs(config, tokens):
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
         score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); none for "merge" and
                     "ward", nor where nothing is removed
-        matching    P^2 / 4 a round of pairs, or (a - m) (m - prefix) for "nearest", times X / heads by key, D by input
+        matching    P^2 / 4 a round of pairs, times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """
     blocks, n, prefix, dim = config.shapes, config.tokens, config.prefix_tokens, config.dim
@@ -112,8 +103,10 @@ def macs(config, tokens):
             drops = exact and tokens.action == "drop"
             total += _block(dim, shape, layers, before, after if drops else before, after if exact else before, across)
             total += _score(tokens, before, prefix, read, shape)
-            width = dim if tokens.likeness == "input" else shape.width
-            total += _matching(tokens.action, before, after, prefix) * width
+            if not tokens.scored:
+                pairs = bipartite_rounds(before - prefix, after - prefix)
+                width = dim if tokens.likeness == "input" else shape.width
+                total += width * sum(sources * others for sources, others, _ in pairs)
         before = after
     return total
 
@@ -124,14 +117,7 @@ def _block(dim, shape, layers, keys, queries, late, products):
 
 
 def _score(tokens, before, prefix, read, shape):
-    by_row = tokens.score in ROW_SCORES
-    if not tokens.scored or not (by_row or tokens.score in FULL_MAP_SCORES):
+    if not tokens.scored or tokens.score in ("random", "grid"):
         return 0
-    rows = read if by_row and read else before - prefix
+    rows = read if tokens.score in ROW_SCORES and read else before - prefix
     return rows * before * len(shape.each_head) * shape.width
-
-
-def _matching(action, before, after, prefix):
-    if action in ("merge", "edge", "ward"):
-        return sum(sources * others for sources, others, _ in bipartite_rounds(before - prefix, after - prefix))
-    return (before - after) * (after - prefix) if action == "nearest" else 0

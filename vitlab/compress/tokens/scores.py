@@ -6,7 +6,6 @@ multiply-accumulates, B heads N N numbers); the CLS scores need its CLS row alon
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,40 +15,28 @@ from vitlab.utils import rng
 PRIME = 2**31 - 1
 
 
-@dataclass(frozen=True)
 class View:
-    """One block seen by a score.
+    """Block `layer` of a `Reducer` as the scores see it, before the tokens `state` go through it.
 
-    query, key: B heads N d. bias: log size of the tokens, B 1 1 N, or None. prefix: tokens before the
-    patches; read: how many of them the head reads (0: it reads the mean of the patches). positions: B P,
-    original patch of each token (None unless needed). previous: B P, the moving average so far, or None, and
-    decay its weight. factors: of the random control, from `random_factors`. grid: rows and columns. scale: of
-    the attention logits.
+    query, key: B heads N d; bias: log size of the tokens, B 1 1 N, or None; positions: B P, original patch of each
+    token, or None.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    prefix: int
-    read: int
-    bias: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    previous: torch.Tensor | None = None
-    decay: float = 0.5
-    factors: tuple = (1, 1, 1, 1)
-    grid: tuple = (1, 1)
-    scale: float | None = None
+    def __init__(self, reducer, layer, state, query, key, bias):
+        self.query, self.key, self.bias, self.parts, self.decay = query, key, bias, reducer.parts, reducer.config.ema
+        self.prefix, self.read, self.factors = self.parts.prefix, self.parts.read, reducer.factors[layer]
+        self.scale, self.previous = self.parts.model.blocks[layer].attn.scale, state.score
+        self.positions = None if state.positions is None else state.positions[:, self.prefix :]
 
     def attention(self, query):
         """Probabilities B heads M N of the given query rows, in float32."""
-        scale = self.key.shape[-1] ** -0.5 if self.scale is None else self.scale
-        logits = (query * scale) @ self.key.transpose(-2, -1)
+        logits = (query * self.scale) @ self.key.transpose(-2, -1)
         return (logits if self.bias is None else logits + self.bias).float().softmax(-1)
 
     def given(self):
         """Attention that what the head reads gives to each patch, a head: B heads P.
 
-        That is the CLS row (mean with the distillation row); a mean-pooled head reads every patch, so there
-        it is the mean over all rows, themselves excepted: the attention received.
+        That is the CLS row (mean with the distillation row), or for a mean-pooled head the attention received.
         """
         if not self.read:
             return self.received()
@@ -93,10 +80,7 @@ def random_factors(seed, layers):
 
 
 def _random(view):
-    """A fixed random order of the patches for each block and seed, by a random cubic over a prime field: the control.
-
-    It needs neither a buffer nor the device's generator, and a prediction does not depend on its batch-mates.
-    """
+    """The control: a fixed random order of the patches, a block and seed, by a random cubic over a prime field."""
     value = torch.full_like(view.positions, view.factors[0])
     for factor in view.factors[1:]:
         value = (value * (view.positions + 1) + factor) % PRIME
@@ -105,9 +89,9 @@ def _random(view):
 
 def _grid(view):
     """An order whose every beginning is spread evenly over the grid (Bayer's ordered dither): the control."""
-    row, column = view.positions // view.grid[1], view.positions % view.grid[1]
-    value = torch.zeros_like(row)
-    levels = max(max(view.grid) - 1, 1).bit_length()
+    side = view.parts.grid
+    row, column, value = view.positions // side, view.positions % side, torch.zeros_like(view.positions)
+    levels = max(side - 1, 1).bit_length()
     for level in range(levels):
         r, c = row // 2**level % 2, column // 2**level % 2
         value = value * 4 + (r + c) % 2 * 2 + r
@@ -130,7 +114,6 @@ SCORES = {
 }
 SIGNED = ("entropy",)  # no weights: below zero
 POSITIONED = ("random", "grid")
-UNSCORED = ("merge", "ward")  # actions that go by likeness alone
 
 
 def entropy(view):

@@ -28,12 +28,10 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
     exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
     lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down to 1.
-    images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. Labels are
-    not needed. passes: over the images, at most. log: gets a line every few seconds, with the time left; None: silent.
-    config and options: as in `reduce_tokens`, without counts.
+    images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. passes: over
+    the images, at most. log: gets a line every few seconds; None: silent. options: as in `reduce_tokens`.
 
-    The result is never worse, on these images, than the best schedule. BudgetImpossible, a ValueError, if the
-    budget cannot be reached; ValueError for images that are not finite floats.
+    BudgetImpossible, a ValueError, if the budget cannot be reached; ValueError for images that are not finite floats.
     """
     if (macs is None) == (latency is None) or (latency is None) != (meter is None):
         raise ValueError("give macs=..., or latency=... with meter=TokenLatency(model, images, ...)")
@@ -66,21 +64,29 @@ def _images(model, images):
     return images
 
 
-def _predict(model, images, batch):
-    with running([model], device_of(model)):
-        return torch.cat([model(part) for part in images.split(batch)]).float()
+def _cost(reduced, meter, **changes):
+    """What a TokenViT costs once it is changed: multiply-accumulates, or what `meter(counts)` gives."""
+    reduced.reduce_by(**changes)
+    return meter(reduced.tokens) if meter else reduced.macs()
 
 
 class _Exchange:
     """Counts within a budget, the best found so far (`counts`, `kl`), and what was tried."""
 
     def __init__(self, model, images, budget, meter, config, batch, most, log):
-        self.budget, self.meter, self.batch, self.config = budget, meter, batch, config
-        self.most, self.log, self.began, self.said = most, log, time.monotonic(), time.monotonic()
+        self.budget, self.meter, self.batch, self.most, self.log = budget, meter, batch, most, log
+        self.began = self.said = time.monotonic()
         self.reduced, self.images = reduce_tokens(model, config, r_max=0.0, counts=None), _images(model, images)
         self.parts, self.counts, self.kl, self.passes, self.tried = self.reduced.adapter, None, None, 0, set()
         self.shielded = {p % self.parts.depth for p in config.protect}
-        self.reference = _predict(self.reduced.plain, self.images, batch)
+        self.reference = self.predict(self.reduced.plain)
+
+    def predict(self, model):
+        with running([model], self.images.device):
+            return torch.cat([model(part) for part in self.images.split(self.batch)]).float()
+
+    def cost(self, counts):
+        return _cost(self.reduced, self.meter, counts=counts)
 
     def try_counts(self, counts):
         """Whether these counts are the best so far; those that cost too much, or were tried before, are not."""
@@ -89,24 +95,16 @@ class _Exchange:
             return False
         self.tried.add(counts)
         self.passes += 1
-        kl = kl_divergence(_predict(self.reduced, self.images, self.batch), self.reference).item()
+        kl = kl_divergence(self.predict(self.reduced), self.reference).item()
         better = self.kl is None or kl < self.kl
         if better:
             self.counts, self.kl = counts, kl
-        self.report()
-        return better
-
-    def report(self):
-        """A line of progress, if the last one is some seconds old."""
         if self.log and time.monotonic() - self.said >= EVERY:
             self.said = time.monotonic()
             left = (self.said - self.began) / self.passes * max(0, self.most - self.passes)
             self.log(f"calibrating: pass {self.passes} of at most {self.most}  KL {self.kl:.4f}  tokens "
                      f"{' '.join(map(str, self.counts))}  left at most {clock(left)}")  # fmt: skip
-
-    def cost(self, counts):
-        reduced = self.reduced.reduce_by(counts=counts)
-        return self.meter(reduced.tokens) if self.meter else reduced.macs()
+        return better
 
     def improve(self, step):
         """One round of exchanges from the best counts; whether any of them stayed."""
@@ -151,28 +149,23 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
     demand("budget", budget)
 
     def cost(r_max):
-        reduced.reduce_by(r_max=r_max)
-        return meter(reduced.tokens) if meter else reduced.macs()
+        return _cost(reduced, meter, r_max=r_max)
 
-    low, costs = 0.0, {}
+    low, least = 0.0, float("inf")
     for high in (0.6, 0.9, 0.999):  # by the clock, the steepest reduction need not be the cheapest
-        costs[high] = cost(high)
-        if costs[high] <= budget:
-            break
+        least = min(least, cost(high))
+        if least <= budget:
+            return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
         low = high
-    else:
-        unit, least = "ms" if meter else "multiply-accumulates", min(costs.values())
-        which = f"schedule={config.schedule!r}, alpha={config.alpha}"
-        raise BudgetImpossible(f"{budget:,.6g} {unit}: {which} reaches no less than {least:,.6g}")
-    return dataclasses.replace(config, r_max=bisect(cost, budget, low, high, 30), counts=None)
+    raise BudgetImpossible(f"{budget:,.6g} {'ms' if meter else 'multiply-accumulates'}: schedule={config.schedule!r}, "
+                           f"alpha={config.alpha} reaches no less than {least:,.6g}")  # fmt: skip
 
 
 def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), seed=0):
-    """Optuna's search over (r_max, alpha), ranges, for high accuracy and low latency: the study.
+    """Optuna's search over (r_max, alpha), ranges, for high accuracy and low latency: the study (see `best`).
 
-    evaluate(TokenConfig) -> (accuracy, latency) on validation. storage: path of an SQLite file (several workers or
-    machines that share it work on one study); an existing study of that `name` goes on until `trials` are
-    complete in all. `best` gives the trade-off it found.
+    evaluate(TokenConfig) -> (accuracy, latency) on validation. storage: path of an SQLite file, which several workers
+    may share; an existing study of that `name` goes on until `trials` are complete in all.
     """
     import optuna
 
@@ -184,8 +177,8 @@ def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
 
     def objective(trial):
-        ranges = {"r_max": r_max, "alpha": alpha}
-        return evaluate(TokenConfig(**{key: trial.suggest_float(key, *found) for key, found in ranges.items()}))
+        return evaluate(TokenConfig(r_max=trial.suggest_float("r_max", *r_max),
+                                    alpha=trial.suggest_float("alpha", *alpha)))  # fmt: skip
 
     done = (optuna.trial.TrialState.COMPLETE,)
     if len(study.get_trials(deepcopy=False, states=done)) < trials:
