@@ -46,7 +46,7 @@ def arms(device, dtype, head_dim, phi):
     eager = partial(linear_attention, phi=phi, kernels="off")
     found = {"eager": eager, "compile": torch.compile(eager, fullgraph=True, dynamic=False)}
     if device.type == "cuda" and choose(device, head_dim, "auto", dtype)[0]:
-        found["ours"] = partial(linear_attention, phi=phi, kernels="on")
+        found["ours"] = partial(linear_attention, phi=phi)
     names = SDPA if device.type == "cuda" else ("flash", "math")
     return found | {f"sdpa {name}": partial(softmax, backend=name) for name in names}
 

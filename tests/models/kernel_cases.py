@@ -5,12 +5,15 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlab.models.kernels import launch
-from vitlab.models.kernels.linear import EPS
+from vitlab.models.kernels.linear import EPS, PHIS, plain
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run this file through tests/test_kernels.py"
 
+OP = torch.ops.vitlab.linear_attention.default
+BACKWARD = torch.ops.vitlab.linear_attention_backward.default
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 
 
@@ -66,7 +69,7 @@ def test_any_number_of_tokens(n):
     compare(fused(*inputs, "relu"), expected(*inputs, "relu"), torch.float32)
 
 
-@pytest.mark.parametrize("phi", ["relu", "elu", "softmax"])
+@pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
 def test_maps_branches_and_extra_keys(phi, keep):
     inputs = draw(2, 21, 5, 3, 2, 16)
@@ -111,3 +114,33 @@ def test_queries_that_no_key_answers(dtype):
 def test_float16_does_not_overflow():
     grad, qkv, extra = (100 * x for x in draw(1, 300, 0, 1, 1, 16, torch.float16))
     compare(fused(grad, qkv, extra, "relu"), expected(grad, qkv, extra, "relu"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [False, True], ids=["rebuilt", "kept"])
+def test_operators_keep_their_promises(dtype, keep):
+    grad, qkv, extra = draw(2, 7, 3, 2, 2, 16, dtype)
+    torch.library.opcheck(OP, (qkv.requires_grad_(), extra.requires_grad_(), "relu", EPS, keep))
+    state = [x.detach() for x in OP(qkv, extra, "relu", EPS, keep)[1:]]
+    torch.library.opcheck(BACKWARD, (grad, qkv.detach(), extra.detach(), *state, "relu", EPS))
+
+
+@pytest.mark.parametrize("phi", PHIS)
+def test_operator_gradients_and_operations(phi):
+    grad, qkv, extra = draw(2, 7, 3, 2, 2, 16)
+    wanted = expected(grad, qkv, extra, phi)
+    inputs = [x.requires_grad_() for x in (qkv, extra)]
+    with FlopCounterMode(display=False) as counter:
+        out = OP(*inputs, phi, EPS, True)[0]
+    with FlopCounterMode(display=False) as written_out:
+        plain(*inputs, phi)
+    compare((out, *torch.autograd.grad(out, inputs, grad)), wanted, torch.float32)
+    assert counter.get_total_flops() == written_out.get_total_flops()
+
+
+def test_compiles_without_graph_breaks():
+    _, *inputs = (x.requires_grad_() for x in draw(2, 7, 3, 2, 2, 16))
+    run = lambda q, e: OP(q, e, "relu", EPS, True)[0].square().sum()  # noqa: E731
+    loss = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(run(*inputs), inputs)):
+        torch.testing.assert_close(a, b)

@@ -63,17 +63,14 @@ def test_published_counts(name):
     + [("ripple", {"stages": s}) for s in (1, 2, 3, 4)]
     + [("hydra", {"branches": r}) for r in (1, 2, 8)],
 )
-def test_closed_macs_are_the_counted_ones(kind, options, pool):
+def test_macs_are_those_that_run(kind, options, pool):
     config = ViTConfig(**SMALL, pool=pool, attention=kind, attention_args=options)
-    model, plain = ViT(config), ViTConfig(**SMALL, pool=pool)
-    n, d = config.tokens, config.dim
-    rest = plain.macs() - config.depth * (4 * n * d * d + 2 * n * n * d)
-    assert counted(model, config) == rest + sum(b.attn.macs() for b in model.blocks)
+    assert counted(ViT(config), config) == config.macs()
 
 
 @pytest.mark.parametrize("kind", ["linear", "ripple", "hydra"])
 def test_cost_grows_with_the_tokens(kind):
-    macs = [build(kind, image_size=side)[0].macs() / side**2 for side in (32, 64, 128)]
+    macs = [ViTConfig(**SMALL | {"image_size": side}, attention=kind).macs() / side**2 for side in (32, 64, 128)]
     assert max(macs) / min(macs) < 1.05
     n = [(s // 2) ** 2 for s in (32, 128)]
     softmax = [(4 * t * 24**2 + 2 * t * t * 24) / t for t in n]
@@ -213,18 +210,6 @@ def test_every_parameter_learns_and_compiles(kind):
     torch.testing.assert_close(half.float(), model(images), atol=5e-2, rtol=5e-2)
 
 
-@pytest.mark.parametrize("kind", ["linear", "ripple", "hydra"])
-def test_kernels_on_and_off_agree(kind):
-    results = []
-    for kernels in ("on", "off"):
-        attn, config = build(kind, kernels=kernels)
-        out = attn(tokens(config))
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in attn.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
 def test_intermediates_and_choice():
     for kind in ("linear", "ripple", "hydra"):
         model = ViT(ViTConfig(**SMALL, attention=kind)).eval()
@@ -240,7 +225,7 @@ def test_intermediates_and_choice():
         (RippleAttention, {"stages": 5}, "choose 1, 2, 3 or 4"),
         (HydraAttention, {"branches": 0}, "from 1 to 8"),
         (LinearAttention, {"phi": "gelu"}, "relu, elu, softmax"),
-        (LinearAttention, {"kernels": "fast"}, "auto, on, off"),
+        (LinearAttention, {"kernels": "fast"}, "auto, off"),
         (LinearAttention, {"stages": 2}, "stages"),
     ],
 )
