@@ -15,13 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitlab.utils.device import eager, example, running
 
-UNCOUNTED = (torch.ops.aten.mv, torch.ops.aten.dot)  # matrix products that torch's own registry lacks
-
-
-def _product(a, *_, out_shape=None, **__):
-    """Operations of a matrix or vector of shape `a` times a vector."""
-    return 2 * math.prod(a)
-
 
 def parameters(model):
     """Number of parameters, shared ones counted once."""
@@ -56,11 +49,24 @@ class _Unknown(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _missing_formulas():
+    """Flop formulas (they get shapes) of the matrix products that torch's own registry lacks."""
+    def product(a, b, *_, out_shape=None, **__):
+        return 2 * math.prod(a) * (b[-1] if len(b) > 1 else 1)
+
+    def added(_, a, b, *__, out_shape=None, **___):
+        return product(a, b)
+
+    aten = torch.ops.aten
+    return {aten.mv: product, aten.dot: product, aten.vdot: product, aten._int_mm: product,
+            aten.addmv: added, aten._addmm_activation: added, aten.addbmm: added}
+
+
 def macs_by_module(model, shape):
     """{module name: MACs} of one image of `shape` (C H W), "" for the whole model; see `macs`."""
     model = eager(model)
     images = example(model, shape)
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(UNCOUNTED, _product))
+    counter = FlopCounterMode(display=False, custom_mapping=_missing_formulas())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's is one opaque operation
     try:
