@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models.kernels.linear import choose, linear_attention, plain
+from vitlab.models.kernels.linear import PHIS, choose, linear_attention, macs, plain
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -82,6 +83,14 @@ def test_the_choice_and_its_reason():
     assert choose("cpu", 64) == (False, "plain PyTorch (the device is cpu)")
     assert choose("cuda", 64, "off")[0] is False
     assert choose("cuda", 48)[1].startswith("plain PyTorch (")
+
+
+@pytest.mark.parametrize("phi", PHIS)
+def test_flop_formula_is_what_the_plain_code_multiplies(phi):
+    qkv, extra = draw()
+    with FlopCounterMode(display=False) as counter:
+        linear_attention(qkv, extra, phi=phi)
+    assert counter.get_total_flops() == 2 * macs(qkv.shape, extra.shape, phi)
 
 
 @pytest.mark.gpu

@@ -15,9 +15,9 @@ def attend(q, k, v, *, mask=None, dropout=0.0, scale=None):
     PyTorch's fused attention, except for training on a CPU in bfloat16, where its backward pass is several times
     slower than the products written out.
     """
-    written_out = q.device.type == "cpu" and torch.is_grad_enabled() and torch.bfloat16 in (
-        q.dtype, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))  # fmt: skip
-    if not written_out:
+    device = q.device.type
+    half = torch.bfloat16 in (q.dtype, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+    if not (device == "cpu" and half and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.transpose(-2, -1)
     return F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout) @ v

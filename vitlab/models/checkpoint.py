@@ -1,7 +1,7 @@
 """A model is its config: the registry of the kinds of models there are, and one file format for all of them.
 
 A config is a frozen dataclass under `@register(kind)`. It has `build()`, which makes the module (whose `config` is that
-config), `macs()`, the multiply-accumulates of one image, and, for images, `image_size`, `in_chans` and
+config), `macs()`, the multiply-accumulates of one image in closed form, and, for images, `image_size`, `in_chans` and
 `num_classes`. A model around another has the other's config in its own (`Wrapper`).
 
 A file holds tensors and JSON (safetensors), never code, so that loading one that comes from elsewhere is safe.
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import vitlab
 from vitlab.utils.device import eager
@@ -45,16 +43,6 @@ def config_class(kind):
     if kind not in REGISTRY:
         raise ValueError(f"kind={kind!r}: no such model; there are {', '.join({**vitlab.KINDS, **REGISTRY})}")
     return REGISTRY[kind]
-
-
-def counted(build, *shape):
-    """Multiply-accumulates of the module that `build()` makes, in eval mode, on an input of `shape`: those of matrix
-    products and convolutions, with attention taken apart. Nothing is computed."""
-    with torch.device("meta"):  # shapes are enough
-        module, given = build().eval(), torch.zeros(shape)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(given)
-    return counter.get_total_flops() // 2
 
 
 class Wrapper:

@@ -88,11 +88,15 @@ class GlobalTeam(nn.Module):
             self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.kv = nn.Linear(dim, 2 * dim)
 
-    def attend(self, query, x):
-        """Grids B H W c -> (B heads N d, the chosen queries B heads u or None)."""
-        thin = self.norm(self.reduce(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)  # B M c: M keys
+    def split(self, query, x):
+        """Grids B H W c -> query B heads N d, key and value B heads M d."""
+        thin = self.norm(self.reduce(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).flatten(1, 2)  # B M c
         key, value = self.kv(thin).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query = query.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads N d
+        return query.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2), key, value
+
+    def attend(self, query, x):
+        """(B heads N d, the chosen queries B heads u or None)."""
+        query, key, value = self.split(query, x)
         if self.full:
             return F.scaled_dot_product_attention(query, key, value), None
         return probsparse(query, key, value, top=self.top, samples=self.samples, training=self.training)

@@ -10,12 +10,11 @@ Inside the model tokens are kept as a grid, B H W C.
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.models.checkpoint import counted, register
+from vitlab.models.checkpoint import register
 from vitlab.models.factorized import FactorizedAttention
 from vitlab.models.layers import DropPath
 
@@ -95,19 +94,22 @@ class FaViTConfig:
                 return i
         return None
 
+    def _side(self, stage):
+        return self.image_size // (self.stem[1] * 2**stage)
+
     @property
     def sides(self):
         """Tokens along one side of the grid, a stage."""
-        return tuple(self.image_size // (self.stem[1] * 2**i) for i in range(len(self.dims)))
+        return tuple(self._side(i) for i in range(len(self.dims)))
 
     def windows(self, stage):
         """Side of the stage's windows."""
-        return min(self.window, self.sides[stage])
+        return min(self.window, self._side(stage))
 
     def team_widths(self, stage):
         """{team: channels of each of its heads} in a stage; together they are a head's channels."""
         width = self.dims[stage] // self.heads[stage]
-        one_window = self.sides[stage] <= self.window
+        one_window = self._side(stage) <= self.window
         near = [t for t in self.teams if t != "global" and not (t == "dilated" and one_window and len(self.teams) > 1)]
         if "global" not in self.teams:
             return {t: width // len(near) for t in near}
@@ -117,15 +119,39 @@ class FaViTConfig:
 
     def top_queries(self, stage):
         """u = c ln N: queries of the stage that attend in full, at least 1."""
-        n = self.sides[stage] ** 2
+        n = self._side(stage) ** 2
         return min(n, max(1, int(self.top * math.log(n)))) if n > 1 else 1
 
     def build(self):
         return FaViT(self)
 
     def macs(self):
-        """Multiply-accumulates of one image (matmuls and convolutions)."""
-        return counted(self.build, 1, self.in_chans, self.image_size, self.image_size)
+        """Closed-form multiply-accumulates of one image (matmuls and convolutions).
+
+        A block with N tokens of width D: 2 N D^2 (queries, mixing), 2 M c^2 for keys and values of a team of c
+        channels over its M tokens, 2 N w^2 c for a team of windows of side w; the global team: N c for the reduction,
+        N s c to judge the queries by s keys, 2 u M c for the u that attend (2 N M c where all do); MLP of ratio r:
+        2 N r D^2 + 9 N r D.
+        """
+        total, chans = self.dims[-1] * self.num_classes, self.in_chans
+        for i, dim in enumerate(self.dims):
+            kernel, n = self.stem[0] if i == 0 else 3, self._side(i) ** 2
+            total += kernel**2 * chans * dim * n
+            chans, reduced = dim, n // self.reductions[i] ** 2
+            block = 2 * n * dim**2 + self.mlp_ratios[i] * (2 * n * dim**2 + 9 * n * dim)
+            for team, width in self.team_widths(i).items():
+                c = width * self.heads[i]
+                if team != "global":
+                    block += 2 * n * c**2 + 2 * n * self.windows(i) ** 2 * c
+                    continue
+                block += 2 * reduced * c**2 + (n * c if self.reductions[i] > 1 else 0)
+                if self.global_attention == "full":
+                    block += 2 * n * reduced * c
+                else:
+                    judges = reduced if self.samples is None else min(self.samples, reduced)
+                    block += n * judges * c + 2 * self.top_queries(i) * reduced * c
+            total += self.depths[i] * block
+        return total
 
 
 class ConvMlp(nn.Module):
@@ -153,8 +179,8 @@ class FaViTBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x)).flatten(1, 2)).view_as(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)).flatten(1, 2)).view_as(x)
 
 
 class FaViT(nn.Module):
@@ -227,20 +253,24 @@ def register_with_timm():
     """
     from timm.models import is_model, register_model
 
-    for name, config in VARIANTS.items():
+    for name in VARIANTS:
         if not is_model(f"favit_{name}"):
-            create = partial(_create, config)
-            create.__name__, create.__module__ = f"favit_{name}", __name__
-            register_model(create)
+            register_model(_factory(name))
 
 
-def _create(config, pretrained=False, *, num_classes=1000, img_size=224, in_chans=3, drop_path_rate=0.0,
-            pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None):  # fmt: skip
-    # the last three are timm's own bookkeeping
-    if pretrained:
-        raise ValueError("pretrained=True: FaViT has no weights to load")
-    return replace(config, num_classes=num_classes, image_size=img_size, in_chans=in_chans,
-                   drop_path=drop_path_rate).build()  # fmt: skip
+def _factory(name):
+    def create(pretrained=False, *, num_classes=1000, img_size=224, in_chans=3, drop_path_rate=0.0, **others):
+        # timm passes its own bookkeeping along
+        given = {key for key, value in others.items() if value is not None}
+        unknown = given - {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+        if pretrained or unknown:
+            wrong = "pretrained=True (there are no weights)" if pretrained else ", ".join(sorted(unknown))
+            raise ValueError(f"favit_{name} does not take {wrong}")
+        return FaViT(replace(VARIANTS[name], num_classes=num_classes, image_size=img_size, in_chans=in_chans,
+                             drop_path=drop_path_rate))  # fmt: skip
+
+    create.__name__ = f"favit_{name}"
+    return create
 
 
 if "timm" in sys.modules:

@@ -31,6 +31,10 @@ class PatchStem(nn.Module):
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)
 
+    @staticmethod
+    def macs(config):
+        return config.grid**2 * config.patch_size**2 * config.in_chans * config.dim
+
 
 class ConvStem(nn.Module):
     """Overlapping 3x3 convolutions with BatchNorm and GELU (Xiao et al. 2021, "Early convolutions help").
@@ -67,6 +71,15 @@ class ConvStem(nn.Module):
         # channels last: a third faster on a CPU, and the tokens then need no copy
         images = images.contiguous(memory_format=torch.channels_last)
         return self.proj(self.layers(images)).flatten(2).transpose(1, 2)
+
+    @classmethod
+    def macs(cls, config):
+        total, side, width = 0, config.image_size, config.in_chans
+        for out, stride in cls.plan(config):
+            side //= stride
+            total += side**2 * 9 * width * out
+            width = out
+        return total + side**2 * width * config.dim
 
 
 class Residual(nn.Sequential):
@@ -193,7 +206,7 @@ class DropPath(nn.Module):
         if not self.training or not self.rate:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
 
 
 class Block(nn.Module):

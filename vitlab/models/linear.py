@@ -9,6 +9,7 @@ from torch import nn
 
 from vitlab.models.attention import ATTENTIONS
 from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
+from vitlab.models.kernels.linear import macs as product_macs
 
 PRODUCTS = ("linear", "softmax")
 
@@ -18,7 +19,7 @@ class LinearAttention(nn.Module):
 
     `phi`: feature map, "relu" for [relu(x), relu(-x)] | "elu" for elu(x) + 1 | "softmax". `eps` is added to a
     sum of non-negative terms, so the denominator is positive by construction. `kernels`: "auto" (Triton on
-    CUDA, PyTorch elsewhere) | "off"; `kernel_choice` tells what a model really runs. `product`: "linear" |
+    CUDA, PyTorch elsewhere) | "off" | "on"; `kernel_choice` tells what a model really runs. `product`: "linear" |
     "softmax", the control that has all else (convolutions, pooled keys, branches, norm) but exact attention.
     """
 
@@ -78,6 +79,15 @@ class LinearAttention(nn.Module):
             return (q @ k.mT * self.head_dim**-0.5).softmax(dim=-1).mean(dim=1)
         score = features(q, self.phi) @ features(k, self.phi).mT
         return (score / (score.sum(dim=-1, keepdim=True) + self.eps * k.shape[-2])).mean(dim=1)
+
+    def macs(self, tokens=None, keys=0):
+        """Closed-form multiply-accumulates of one image: projections and the linear product."""
+        tokens = tokens or self.grid**2 + self.prefix
+        shape = (1, tokens, self.slots, self.heads, self.head_dim)
+        weights = self.qkv.weight.numel() + self.proj.weight.numel()
+        if self.product == "softmax":
+            return tokens * weights + 2 * tokens * (self.slots - 2) * (tokens + keys) * self.heads * self.head_dim
+        return tokens * weights + product_macs(shape, (1, keys), self.phi)
 
 
 class RippleAttention(LinearAttention):
@@ -141,18 +151,30 @@ class RippleAttention(LinearAttention):
         y = self.attend(qkv, self.pooled(levels)).flatten(2)
         return self.proj(self.with_local(y, self.expanded(levels) + self.local(self.image(qkv))))
 
+    def sides(self):
+        """Sides of the pooled grids."""
+        sides = [self.grid]
+        for _ in self.pools:
+            sides.append((sides[-1] + 1) // 2)
+        return sides[1:]
+
     def map(self, x):
         """As in LinearAttention; a pooled cell's weight is spread evenly over the patches that it covers."""
         qkv = self.packed(x)
-        levels = self.levels(qkv)
-        sides = [level.shape[-1] for level in levels[1:]]
-        keys = torch.cat([qkv[:, :, -2], self.pooled(levels)[:, :, 0]], dim=1)
-        own, *pooled = self._weights(qkv, keys).split([qkv.shape[1], *(s * s for s in sides)], dim=-1)
+        keys = torch.cat([qkv[:, :, -2], self.pooled(self.levels(qkv))[:, :, 0]], dim=1)
+        own, *pooled = self._weights(qkv, keys).split([qkv.shape[1], *(s * s for s in self.sides())], dim=-1)
         at, total = torch.arange(self.grid, device=x.device), 0
-        for stage, (side, weights) in enumerate(zip(sides, pooled), start=1):
+        for stage, (side, weights) in enumerate(zip(self.sides(), pooled), start=1):
             cell = ((at >> stage)[:, None] * side + (at >> stage)).flatten()
             total = total + (weights / cell.bincount(minlength=side * side))[..., cell]
         return own + F.pad(total, (self.prefix, 0))
+
+    def macs(self, tokens=None):
+        sides, dim = [self.grid, *self.sides()], self.heads * self.head_dim
+        coarse = sum(s * s for s in sides[1:])
+        # pooling keys and values, expanding values (each input cell meets nine weights), the neighbourhood
+        local = 9 * dim * (2 * coarse + coarse + self.grid**2)
+        return super().macs(tokens, keys=coarse) + local
 
 
 class HydraAttention(LinearAttention):
@@ -179,6 +201,11 @@ class HydraAttention(LinearAttention):
         # a grouped convolution returns D groups of R channels
         local = self.local(self.image(qkv)).unflatten(1, (-1, self.branches)).transpose(1, 2).flatten(1, 2)
         return self.proj(F.gelu(self.fuse(self.norm(self.with_local(y, local)))))
+
+    def macs(self, tokens=None):
+        tokens = tokens or self.grid**2 + self.prefix
+        local = self.local.weight.numel() * self.grid**2
+        return super().macs(tokens) + tokens * self.fuse.weight.numel() + local
 
 
 def kernel_choice(model, device=None, dtype=torch.float32):

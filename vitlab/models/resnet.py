@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.models.checkpoint import counted, register
+from vitlab.models.checkpoint import register
 
 
 @register("resnet")
@@ -40,8 +40,14 @@ class ResNetConfig:
         return ResNet(self)
 
     def macs(self):
-        """Multiply-accumulates of one image (convolutions and the linear layer)."""
-        return counted(self.build, 1, self.in_chans, self.image_size, self.image_size)
+        """Multiply-accumulates of one image (convolutions and the linear layer), in closed form."""
+        total, side, width = self.widths[-1] * self.num_classes, self.image_size, self.in_chans
+        for i, out in enumerate(self.widths):
+            total += 9 * side**2 * width * out  # before its pooling
+            side //= 2 if i else 1
+            total += 2 * 9 * side**2 * out * out * (i in self.residual)
+            width = out
+        return total
 
 
 class ResNet(nn.Module):

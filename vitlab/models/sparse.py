@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlab.models.attention import ATTENTIONS, Attention
-from vitlab.utils.device import evaluating
 
 SCORES = ("attention", "learned")
 GATES = ("none", "l1", "hard-concrete")
@@ -51,7 +50,8 @@ class TopKAttention(Attention):
         self.k = self.target = self.keys(k)
         learned = score == "learned"
         self.rank = nn.Parameter(torch.full((self.heads * self.width,), self.scale)) if learned else None
-        self.gate = None if gate == "none" else nn.Parameter(torch.ones(self.heads))
+        start = {"none": None, "l1": 1.0, "hard-concrete": 1.0}[gate]
+        self.gate = None if start is None else nn.Parameter(torch.full((self.heads,), start))
 
     def keys(self, k):
         """k as a number of keys: whole blocks, at least one of them beside the prefix tokens."""
@@ -60,6 +60,8 @@ class TopKAttention(Attention):
             raise ValueError(f"k={k!r}: a whole number of at least 1, or a share in (0, 1], is needed")
         blocks = round(k * self.tokens / self.block) if share else k // self.block
         return min(max(blocks, 1 + self.prefix) * self.block, self.tokens)
+
+    # ------------------------------------------------------------------------------------------ which keys
 
     def scores(self, q, k, logits):
         """What ranks the keys of each query, B heads N N; noisy while training, infinite for prefix tokens."""
@@ -90,6 +92,8 @@ class TopKAttention(Attention):
         least = scores.topk(self.k, sorted=False).values.amin(dim=-1, keepdim=True)
         return logits.masked_fill(scores < least, -torch.inf).softmax(dim=-1)
 
+    # ------------------------------------------------------------------------------------------ the layer
+
     def attend(self, q, k, v):
         """B heads N width each -> B heads N width, times the gates."""
         mixed = self.mixed(q, k, v)
@@ -116,8 +120,13 @@ class TopKAttention(Attention):
         """The attention weights that are used in eval mode, B heads N N; None without heads."""
         if not self.heads:
             return None
-        with evaluating(self):
-            return self.weights(*self.split(x)[:2])
+        training, self.training = self.training, False
+        q, k, _ = self.split(x)
+        weights = self.weights(q, k)
+        self.training = training
+        return weights
+
+    # ------------------------------------------------------------------------------------------ gates
 
     def open(self, noise=False):
         """The gates, one a head; hard-concrete ones are drawn with `noise`, else at their median."""
@@ -135,6 +144,19 @@ class TopKAttention(Attention):
             return self.gate.abs().sum()
         low, high = STRETCH
         return (self.gate - BETA * torch.tensor(-low / high).log()).sigmoid().sum()
+
+    def macs(self, tokens=None):
+        """Closed-form multiply-accumulates of one image in eval mode: projections, scores, the two products."""
+        n, width = tokens or self.tokens, self.heads * self.width
+        total = n * (self.qkv.weight.numel() + self.proj.weight.numel()) if self.heads else 0
+        if self.k >= self.tokens:
+            return total + 2 * n * n * width
+        if self.block > 1:
+            return total + (n // self.block) ** 2 * width + 2 * n * self.k * width
+        return total + (2 if self.rank is None else 3) * n * n * width
+
+
+# ---------------------------------------------------------------------------------------------- the relaxation
 
 
 def gumbel(like):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vitlab.models.checkpoint import counted, register
+from vitlab.models.checkpoint import register
 from vitlab.models.shape import BlockShape
 from vitlab.models.vit import ViT, ViTConfig
 
@@ -183,5 +183,12 @@ class TimmConfig:
         return self._input[1]
 
     def macs(self):
-        """Multiply-accumulates of one image."""
-        return counted(self.build, 1, self.in_chans, self.image_size, self.image_size)
+        """Multiply-accumulates of one image, counted on a model without data."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"):
+            model, images = self.build().eval(), torch.zeros(1, self.in_chans, self.image_size, self.image_size)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images)
+        return counter.get_total_flops() // 2

@@ -5,13 +5,12 @@ timm's `VisionTransformer`, so that weights move between the two (`models.timm`)
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
 
 from vitlab.models.attention import attention_class
-from vitlab.models.checkpoint import as_dataclass, counted, register
+from vitlab.models.checkpoint import as_dataclass, register
 from vitlab.models.layers import ACTIVATIONS, STEMS, Block, norm
 from vitlab.models.shape import BlockShape
 from vitlab.utils.checks import is_number
@@ -186,21 +185,22 @@ class ViTConfig:
         return padded or sum(qk + v for qk, v in block.each_head if qk)
 
     def macs(self):
-        """Multiply-accumulates of one image: matmuls and convolutions.
-        Softmax attention of N tokens of width D, query/key width Q and value width V over the heads: 2 N D (Q + V) +
-        N^2 (Q + V); another kind is counted. Where heads are filled up (`BlockShape.padded`), the N^2 are of those
-        widths; else a head without query/key channels averages its values: no product.
+        """Multiply-accumulates of one image (matmuls and convolutions), in closed form.
+
+        Per block with N tokens, width D, query/key width Q and value width V over the heads, H MLP channels:
+        N D (2 Q + V) + N^2 (Q + V) + N V D, or what an attention of another kind says, + 2 N D H (3 with a GLU)
+        + 9 n H for a depthwise 3x3 over n patches. Where heads are filled up (`BlockShape.padded`), Q and V are those
+        of the filled-up widths; else a head without query/key channels averages its values: no product of tokens.
         """
         n, d = self.tokens, self.dim
-        total = counted(partial(STEMS[self.stem], self), 1, self.in_chans, self.image_size, self.image_size)
-        head = d * self.num_classes if self.head_hidden is None else self.head_hidden * (d + self.num_classes)
-        total += head * (1 + self.distilled)
+        hidden, classes, total = self.head_hidden, self.num_classes, STEMS[self.stem].macs(self)
+        total += (d * classes if hidden is None else d * hidden + hidden * classes) * (1 + self.distilled)
         for i, block in enumerate(self.shapes):
             if self.attention == "softmax":
                 total += n * d * (2 * block.qk + 2 * block.v) + n * n * self.products(block)
             else:
-                build = partial(attention_class(self.attention), d, self.heads, config=self, **self.arguments(i))
-                total += counted(build, 1, n, d)
+                with torch.device("meta"):  # shapes are enough
+                    total += attention_class(self.attention)(d, self.heads, config=self, **self.arguments(i)).macs()
             total += block.hidden * (self.mlp_layers * n * d + (9 * self.grid**2 if self.mlp == "conv" else 0))
         return total
 

@@ -1,6 +1,6 @@
 """How the kernels of `vitlab.models.kernels.linear_triton` are launched: sizes, splits, buffers."""
 
-from collections import namedtuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,7 +11,14 @@ from vitlab.models.kernels import linear_triton as kernels
 WAVES = 2  # programs wanted for each multiprocessor before the rows are split
 MIN_ROWS = 256  # rows a split must have to be worth its launch
 
-Tile = namedtuple("Tile", "block warps stages")  # rows a step, warps a program, depth of the software pipeline
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows a step, warps a program, depth of the software pipeline."""
+
+    block: int
+    warps: int
+    stages: int
 
 
 def tile(head_dim, dtype, backward):
@@ -26,12 +33,14 @@ def tile(head_dim, dtype, backward):
     return {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(64, 4, 2), 128: Tile(32, 8, 2)}[head_dim]
 
 
-def splits(qkv):
-    """Programs that share one (image, head): 1 unless there are too few of them to keep the device busy."""
-    b, rows, _, h, _ = qkv.shape
-    multiprocessors = torch.cuda.get_device_properties(qkv.device).multi_processor_count if qkv.is_cuda else 1
-    wanted = -(-WAVES * multiprocessors // max(b * h, 1))
+def splits(pairs, rows, multiprocessors):
+    """Programs that share one (image, head): 1 unless `pairs` = images x heads leave the device idle."""
+    wanted = -(-WAVES * multiprocessors // max(pairs, 1))
     return max(1, min(wanted, rows // MIN_ROWS))
+
+
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def interpreted():
@@ -85,7 +94,7 @@ def forward(qkv, extra, phi, eps, keep, parts=None):
     qkv, extra = _dense(qkv), _dense(extra)
     b, n, slots, h, d = qkv.shape
     m, size = extra.shape[1], tile(d, qkv.dtype, backward=False)
-    parts = parts or splits(qkv)
+    parts = parts or splits(b * h, n, multiprocessors(qkv.device))
     out = torch.empty(b, n, slots - 2, h, d, dtype=qkv.dtype, device=qkv.device)
     read = parts > 1
     state, norm = _state(qkv, extra, phi, parts, size) if read else (x[0] for x in _states(qkv, phi))
@@ -101,7 +110,7 @@ def backward(grad, qkv, extra, state, norm, phi, eps, parts=None):
     grad, qkv, extra = _dense(grad), _dense(qkv), _dense(extra)
     b, n, _, h, d = qkv.shape
     m, size = extra.shape[1], tile(d, qkv.dtype, backward=True)
-    parts = parts or splits(qkv)
+    parts = parts or splits(b * h, n, multiprocessors(qkv.device))
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dextra = torch.empty(extra.shape, dtype=extra.dtype, device=extra.device)
     if not dqkv.numel():

@@ -117,11 +117,16 @@ def _autograd(ctx, grad, *_):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.vitlab.linear_attention)
-def _(qkv_shape, extra_shape, phi, *args, out_shape=None, **kwargs):
+def macs(qkv_shape, extra_shape, phi="relu"):
+    """Multiply-accumulates of the forward: S over the keys, products with S and z over the queries."""
     b, n, slots, h, d = qkv_shape
     width = 2 * d if phi == "relu" else d
-    return 2 * b * h * width * ((n + extra_shape[1]) * d + n * (slots - 2) * (d + 1))
+    return b * h * width * ((n + extra_shape[1]) * d + n * (slots - 2) * (d + 1))
+
+
+@register_flop_formula(torch.ops.vitlab.linear_attention)
+def _(qkv_shape, extra_shape, phi, *args, out_shape=None, **kwargs):
+    return 2 * macs(qkv_shape, extra_shape, phi)
 
 
 @register_flop_formula(torch.ops.vitlab.linear_attention_backward)
@@ -140,9 +145,8 @@ def linear_attention(qkv, extra=None, *, phi="relu", eps=EPS, kernels="auto"):
     positive. `kernels`: "auto" takes the Triton kernels where they can run (`choose`), "off" plain PyTorch.
     """
     use, _ = choose(qkv.device, qkv.shape[-1], kernels, qkv.dtype)
-    device = qkv.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(qkv.device.type):
+        dtype = torch.get_autocast_dtype(qkv.device.type)
         qkv, extra = qkv.to(dtype), extra if extra is None else extra.to(dtype)
     if not use:
         return plain(qkv, extra, phi, eps)
