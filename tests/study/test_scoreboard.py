@@ -53,6 +53,13 @@ def test_changes_are_paired_by_seed_and_stand_beside_the_means():
     assert pd.isna(pruned["mj_per_image"]) and pruned["made by"] == ""
 
 
+def test_an_arm_that_was_trained_for_longer_is_not_held_against_its_base():
+    for epochs, fair in ((5, False), (2, True), (1, True)):
+        _, pruned = scoreboard.board(TWO.assign(epochs=[2, 2, epochs, epochs])).to_dict("records")
+        assert pd.notna(pruned["change"]) == pd.notna(pruned["latency_x"]) == pd.notna(pruned["macs %"]) == fair
+        assert pruned["accuracy_top1"] == 59.5 and pruned["base"] == "S3/baseline"
+
+
 def test_presets_are_never_mixed_and_older_code_is_told():
     with pytest.raises(ValueError, match=r"\['cpu', 'gpu'\] do not compare"):
         scoreboard.board(pd.concat([TWO, TWO.assign(preset="gpu")]))

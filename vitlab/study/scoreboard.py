@@ -46,6 +46,7 @@ def board(rows):
     """The mean of each arm's seeds (a DataFrame): SHOWN, and against its `base` in the same notebook and data: change
     (points) with margin (95 %), latency_x and images_per_s_x (speed-ups), and "<column> %" (change of each of SHOWN).
 
+    An arm that was trained for more epochs than its base is not held against it: only its own columns are filled.
     rows: of one preset (else ValueError), as `read_rows` gives them; a column `why` says of which code a row is.
     """
     if not len(rows):
@@ -53,7 +54,7 @@ def board(rows):
     if rows.preset.nunique() > 1:
         raise ValueError(f"rows of the presets {sorted(rows.preset.unique())} do not compare; choose one")
     lines = []
-    rows = rows.reindex(columns=[*dict.fromkeys([*rows, *SHOWN, "why"])]).fillna({"why": ""})
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows, *SHOWN, "why", "epochs"])]).fillna({"why": ""})
     rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace("-small", ""))
     for (notebook, data), part in rows.groupby(["notebook", "dataset"]):
         arms = {model: seeds.groupby("seed").last() for model, seeds in part.groupby("model", sort=False)}
@@ -63,7 +64,7 @@ def board(rows):
             family = "baseline" if base in (model, None) else family
             known = (notebook, mine.arm.iloc[0], data, family, len(mine), base, mine.batch.iloc[0], mine.why.max())
             lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()))
-            if base:
+            if base and not mine.epochs.max() > arms[base].epochs.max():
                 other = arms[base][list(SHOWN)].astype(float)
                 apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
                 change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"])
