@@ -229,6 +229,7 @@ def test_intermediates_and_choice():
         (HydraAttention, {"branches": 0}, "from 1 to 8"),
         (LinearAttention, {"phi": "gelu"}, "relu, elu, softmax"),
         (LinearAttention, {"kernels": "fast"}, "auto, off"),
+        (LinearAttention, {"eps": 0.0}, "eps=0.0: a finite number above 0"),
         (LinearAttention, {"stages": 2}, "stages"),
     ],
 )

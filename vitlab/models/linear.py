@@ -10,6 +10,7 @@ from torch import nn
 from vitlab.models.attention import ATTENTIONS
 from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
 from vitlab.models.kernels.linear import macs as product_macs
+from vitlab.utils.checks import is_number
 
 PRODUCTS = ("linear", "softmax")
 
@@ -35,6 +36,8 @@ class LinearAttention(nn.Module):
         for key, value, allowed in (("phi", phi, PHIS), ("kernels", kernels, KERNELS), ("product", product, PRODUCTS)):
             if value not in allowed:
                 raise ValueError(f"{key}={value!r}: choose one of {', '.join(allowed)}")
+        if not (is_number(eps) and eps > 0):
+            raise ValueError(f"eps={eps!r}: a finite number above 0 is needed")
         self.heads, self.head_dim = heads, dim // heads
         self.grid, self.prefix = config.grid, config.prefix_tokens
         self.phi, self.eps, self.kernels, self.product = phi, eps, kernels, product
