@@ -2,8 +2,9 @@
 
 import pandas as pd
 import pytest
+from scipy import stats
 
-from vitlab.study.noise import change, run_noise
+from vitlab.study.noise import change, changes, run_noise
 
 
 def test_run_noise_is_that_of_the_seed_and_of_the_images():
@@ -14,10 +15,28 @@ def test_run_noise_is_that_of_the_seed_and_of_the_images():
 def test_a_change_is_paired_by_seed_and_says_when_it_is_unclear():
     """Against scipy's Student's t at 12 degrees of freedom: 10 of the prior's and 2 of three seeds."""
     accuracy = {"a": [82.0, 84.0, 83.0], "b": [80.0, 81.5, 81.5], "c": [81.9, 84.2, 82.7]}
-    rows = pd.DataFrame([{"arm": arm, "seed": seed, "accuracy_top1": v, "n": 10**9}
-                         for arm, values in accuracy.items() for seed, v in enumerate(values)])
+    rows = pd.DataFrame(
+        [
+            {"arm": arm, "seed": seed, "accuracy_top1": v, "n": 10**9}
+            for arm, values in accuracy.items()
+            for seed, v in enumerate(values)
+        ]
+    )
     differences = pd.Series([2.0, 2.5, 1.5])
     error = ((10 * 2 * 0.5**2 + 2 * differences.var()) / 12 / 3) ** 0.5
     assert change(rows, "a", "b") == f"+2.00 ± {2.178813 * error:.2f} points"
     assert change(rows, "c", "a").endswith("points (unclear)")
     assert change(rows[rows.seed > 0], "a", "b").startswith("+2.00")
+
+
+def test_changes_of_several_arms_share_their_error():
+    """Student's t by scipy at 12 degrees of freedom (10 of the prior's, 2 of three seeds), then Holm by hand."""
+    by_seed = pd.DataFrame({"whole": [60.0, 61.0, 62.0], "a": [58.0, 59.5, 59.5], "b": [60.1, 61.0, 61.9]})
+    found = changes(by_seed, "whole", 0.5)
+    error = ((10 * 2 * 0.5**2 + 2 * pd.Series([-2.0, -1.5, -2.5]).var()) / 12 / 3) ** 0.5
+    assert list(found.index) == ["a", "b"] and found.change.tolist() == pytest.approx([-2.0, 0.0])
+    assert found.high["a"] == pytest.approx(-2 + stats.t.ppf(0.975, 12) * error)
+    assert found.low["a"] + found.high["a"] == pytest.approx(-4)
+    assert found.p["a"] == pytest.approx(2 * 2 * stats.t.sf(2 / error, 12))
+    assert found.p["b"] == 1.0
+    assert changes(by_seed[:1], "whole", 0.5).change["a"] == -2.0  # one seed: the prior's noise alone

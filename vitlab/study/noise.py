@@ -3,9 +3,11 @@
 import math
 from statistics import fmean, stdev
 
+import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from vitlab.metrics.measure import show
+from vitlab.metrics.statistics import holm
 
 # standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is counted,
 # and a peak of allocated memory, repeats exactly. Speed: the same models, measured for two notebooks on one machine,
@@ -53,6 +55,20 @@ def change(rows, arm, other):
     apart = (by_seed[arm] - by_seed[other]).dropna().tolist()
     mean, _, margin = interval(apart, math.sqrt(2) * run_noise(rows))
     return f"{mean:+.2f} ± {margin:.2f} points" + " (unclear)" * (abs(mean) <= margin)
+
+
+def changes(by_seed, base, noise):
+    """What each other column of `by_seed` (seeds x arms) changes against the column `base`, seed by seed.
+
+    DataFrame, one line an arm: change, low and high (95 % interval), p (Holm's, over all the lines). `noise`: see
+    `interval`, of one run's figure; a change has that of two.
+    """
+    apart = by_seed.drop(columns=base).sub(by_seed[base], axis=0)
+    two = math.sqrt(2) * noise
+    found = [interval(apart[arm].tolist(), two) for arm in apart]
+    p = holm([p_value(apart[arm].tolist(), two) for arm in apart])
+    lines = [(mean, mean - margin, mean + margin, one) for (mean, _, margin), one in zip(found, p)]
+    return pd.DataFrame(lines, index=apart.columns, columns=["change", "low", "high", "p"])
 
 
 def over_seeds(values, column):
