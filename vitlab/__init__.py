@@ -13,6 +13,7 @@ The folders are floors, from the top down; a file imports only from its own floo
 """
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
 
@@ -53,3 +54,7 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*globals(), *PUBLIC])
+
+
+if "timm" in sys.modules:  # then torch is there, too, and this costs nothing
+    importlib.import_module("vitlab.models.favit").register_with_timm()

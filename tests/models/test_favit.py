@@ -1,6 +1,8 @@
 """FaViT and its three teams, against dense attention with masks, the formula of Informer and counted operations."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -22,6 +24,7 @@ def model(config=SMALL, seed=0, **changes):
 
 
 # ------------------------------------------------------------------------------------------ windows
+
 
 def same_window(side, window, dilated):
     """N x N, True where two tokens of a side x side grid belong together; straight from the definition."""
@@ -49,6 +52,7 @@ def test_one_window_is_the_same_local_or_dilated():
 
 
 # --------------------------------------------------------------------------------------- ProbSparse
+
 
 def by_the_formula(q, k, v, top):
     """Informer, eq. 3-4 with every key sampled: loops in float64, one query at a time."""
@@ -97,6 +101,7 @@ def test_no_table_of_all_queries_and_keys_is_made():
 
 
 # ---------------------------------------------------------------------------------------- the model
+
 
 @pytest.mark.parametrize("changes", [
     {}, {"global_attention": "full"}, {"samples": None}, {"teams": ("local",)}, {"teams": ("global",)},
@@ -158,6 +163,12 @@ def test_switching_a_team_off_moves_its_channels_to_the_others():
     assert sum(replace(SMALL, teams=("local", "dilated")).team_widths(0).values()) == 32
 
 
+def test_where_the_grid_is_one_window_the_dilated_team_stands_in_for_a_local_one_that_is_off():
+    config = replace(SMALL, window=8)  # the second stage's whole grid
+    assert config.team_widths(1) == {"global": 4, "local": 28}
+    assert replace(config, teams=("global", "dilated")).team_widths(1) == {"global": 4, "dilated": 28}
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"image_size": 36}, "image_size=36.*nearest sizes that are: 32 and"),
     ({"window": 5}, "window"),
@@ -165,7 +176,10 @@ def test_switching_a_team_off_moves_its_channels_to_the_others():
     ({"dims": (24, 64)}, "multiple of 16"),
     ({"teams": ("near",)}, "teams="),
     ({"teams": ()}, "teams="),
+    ({"window": 0}, "window=0"),
     ({"samples": 0}, "samples=0"),
+    ({"samples": 2.5}, "samples=2.5"),
+    ({"top": float("nan")}, "top=nan"),
     ({"top": 0.0}, "top=0.0"),
     ({"global_attention": "sparse"}, "probsparse, full"),
     ({"stem": (2, 4)}, "stem="),
@@ -197,7 +211,13 @@ def test_images_of_another_size_are_refused():
         model()(torch.randn(1, 3, 48, 48))
 
 
-def test_timm_makes_it():
+def test_timm_makes_it_once_vitlab_is_imported():
+    code = "import timm, vitlab; print(type(timm.create_model('favit_b1', num_classes=7)).__name__)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout.strip() == "FaViT", said.stderr
+
+
+def test_timm_makes_each_variant_and_knows_its_images():
     import timm
 
     from vitlab.models.favit import register_with_timm
@@ -205,5 +225,6 @@ def test_timm_makes_it():
     register_with_timm()
     net = timm.create_model("favit_b0", num_classes=7, img_size=224)
     assert isinstance(net, FaViT) and net.config.num_classes == 7
+    assert timm.get_pretrained_cfg("favit_b3").input_size == (3, 224, 224)
     with pytest.raises(ValueError, match="no weights"):
         timm.create_model("favit_b0", pretrained=True)

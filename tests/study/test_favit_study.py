@@ -68,9 +68,16 @@ def test_figures_are_drawn():
     _, seen = FaViT(config).eval()(images.float() / 255, intermediates=True)
     sheet = favit.chosen_queries(images, seen["chosen"], config.sides)
     assert len(sheet.axes) == 3 * 2
-    trip = favit.journey(images[0], [g.detach() for g in seen["stages"]], config)
+    trip = favit.journey(images[0], [g.detach() for g in (seen["stem"], *seen["stages"])], config)
     titles = [ax.get_title() for ax in trip.axes]
-    assert "stage 1: 256 tokens" in titles and "local: 16 of 256" in titles and "dilated: 16 of 256" in titles
+    assert {"stem: 256 tokens", "stage 2: 64 tokens", "local: 16 of 256", "dilated: 16 of 256"} <= set(titles)
     rows = favit.costs([14, 28], width=8, seconds=0.0)
     assert {r["n"] for r in rows} == {196, 784} and all(math.isfinite(r["ms"]) for r in rows)
     assert len(plots.scaling(rows).axes) == 4
+
+
+def test_places_picked_again_and_again_are_told_from_places_by_chance():
+    always = torch.arange(8).expand(50, 2, 8)
+    assert favit.same_places(always, 64) == pytest.approx(64 / 8)
+    chance = torch.rand(2000, 2, 64, generator=torch.Generator().manual_seed(0)).topk(8).indices
+    assert favit.same_places(chance, 64) == pytest.approx(1, abs=0.02)

@@ -8,7 +8,6 @@ Inside the model tokens are kept as a grid, B H W C.
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -30,8 +29,9 @@ class FaViTConfig:
     stem: (kernel, stride) of the first embedding; every later stage halves the side (3x3, stride 2). reductions:
     stride by which the global team's keys and values are thinned out. window: side of a window (a stage
     that is smaller is one window). teams: who takes part; the global team has an eighth of each head's channels, the
-    others share the rest; where the grid is a single window a dilated one is the same as a local one and is
-    left out. samples: keys that judge a query (None: all of them); top: c of the c ln N queries that attend in full.
+    others share the rest; where the grid is a single window a dilated team does the same as a local one, and is
+    left out beside it. samples: keys that judge a query (None: all of them); top: c of the c ln N queries that attend
+    in full.
     """
 
     image_size: int = 224
@@ -65,8 +65,11 @@ class FaViTConfig:
             raise ValueError(f"teams={self.teams}: choose from {', '.join(TEAMS)}, each at most once")
         if self.global_attention not in GLOBALS:
             raise ValueError(f"global_attention={self.global_attention!r}: choose one of {', '.join(GLOBALS)}")
-        if (self.samples is not None and self.samples < 1) or not self.top > 0:
-            raise ValueError(f"samples={self.samples}, top={self.top}: at least one sampled key and a positive top")
+        for name, value in {"window": self.window, "samples": 1 if self.samples is None else self.samples}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        if not 0 < self.top < math.inf:
+            raise ValueError(f"top={self.top}: a positive number is needed")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}: a rate in [0, 1) is needed")
         if len(self.stem) != 2 or self.stem[0] < self.stem[1] or not self.stem[0] % 2:
@@ -109,8 +112,8 @@ class FaViTConfig:
     def team_widths(self, stage):
         """{team: channels of each of its heads} in a stage; together they are a head's channels."""
         width = self.dims[stage] // self.heads[stage]
-        one_window = self._side(stage) <= self.window
-        near = [t for t in self.teams if t != "global" and not (t == "dilated" and one_window and len(self.teams) > 1)]
+        twice = {"dilated"} if self._side(stage) <= self.window and "local" in self.teams else set()
+        near = [t for t in self.teams if t not in {"global"} | twice]
         if "global" not in self.teams:
             return {t: width // len(near) for t in near}
         if not near:
@@ -184,8 +187,8 @@ class FaViTBlock(nn.Module):
 
 
 class FaViT(nn.Module):
-    """images B C H W, normalised -> logits B K; `intermediates=True`: also {"stages": [B H W C], "chosen": [B h u of
-    each stage's last block, None without ProbSparse]}."""
+    """images B C H W, normalised -> logits B K; `intermediates=True`: also {"stem": B H W C, "stages": [B H W C],
+    "chosen": [B h u of each stage's last block, None without ProbSparse]}."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,9 +213,10 @@ class FaViT(nn.Module):
             raise ValueError(
                 f"images of shape {tuple(images.shape[1:])}; this model takes ({self.config.in_chans}, {side}, {side})"
             )
-        x, grids, chosen = images, [], []
+        x, stem, grids, chosen = images, None, [], []
         for embed, stage, norm in zip(self.embeds, self.stages, self.norms):
             x = embed(x)
+            stem = x if stem is None else stem
             for block in stage:
                 before, x = x, block(x)
             grids.append(norm(x))
@@ -220,7 +224,7 @@ class FaViT(nn.Module):
                 chosen.append(block.attn.chosen(block.norm1(before)))
             x = grids[-1].permute(0, 3, 1, 2)
         logits = self.head(grids[-1].mean((1, 2)))
-        return (logits, {"stages": grids, "chosen": chosen}) if intermediates else logits
+        return (logits, {"stem": stem, "stages": grids, "chosen": chosen}) if intermediates else logits
 
 
 class _ToGrid(nn.Module):
@@ -246,8 +250,12 @@ VARIANTS = {
 }
 
 
+# what timm asks of a model it makes: no weights to download, and the size of its images
+default_cfgs = {f"favit_{name}": {"input_size": (3, c.image_size, c.image_size)} for name, c in VARIANTS.items()}
+
+
 def register_with_timm():
-    """Make `timm.create_model("favit_b0" ... "favit_b3")` known; done by itself where timm was imported before.
+    """Make `timm.create_model("favit_b0" ... "favit_b3")` known; `import vitlab` does it if timm was imported before.
 
     The factories take num_classes, img_size, in_chans and drop_path_rate; there are no pretrained weights.
     """
@@ -271,7 +279,3 @@ def _factory(name):
 
     create.__name__ = f"favit_{name}"
     return create
-
-
-if "timm" in sys.modules:
-    register_with_timm()

@@ -103,13 +103,13 @@ def sees(config, stage, query):
 
 
 def journey(image, grids, config):
-    """An image (uint8 C H W), the tokens of each stage (grids 1 H W C), what the teams of a query in the middle see."""
+    """An image (uint8 C H W), the tokens of stem and stages (grids 1 H W C), what the teams of a middle query see."""
     figure, axes = plt.subplots(2, len(grids) + 1, figsize=(WIDTH * 1.2, WIDTH * 2.5 / (len(grids) + 1)))
     axes[0][0].imshow(image.permute(1, 2, 0))
     axes[0][0].set_title("image", fontsize=8)
-    for ax, grid, stage in zip(axes[0][1:], grids, range(len(grids))):
+    for ax, grid, name in zip(axes[0][1:], grids, ["stem", *(f"stage {i + 1}" for i in range(len(grids) - 1))]):
         ax.imshow(main_direction(grid[0].float().cpu()), cmap="cividis")
-        ax.set_title(f"stage {stage + 1}: {grid[0].shape[0] ** 2:,} tokens", fontsize=8)
+        ax.set_title(f"{name}: {grid[0].shape[0] ** 2:,} tokens", fontsize=8)
     middle = (config.sides[0] // 2,) * 2
     views = sees(config, 0, middle)
     for ax in axes[1]:
@@ -124,11 +124,22 @@ def journey(image, grids, config):
     return figure
 
 
+def same_places(chosen, count):
+    """How many picked places (B h u, of `count`) two images share, over what chance would give; mean over the heads.
+
+    1 where the image alone decides, count / u where the places are always the same ones.
+    """
+    there = torch.zeros(*chosen.shape[:2], count).scatter_(2, chosen.cpu(), 1.0)
+    often = there.mean(0)  # h N: how often a place is picked
+    pairs = (len(there) * often.square() - often) / (len(there) - 1)  # picked in two different images
+    return float(pairs.sum(-1).mean() * count / chosen.shape[-1] ** 2)
+
+
 def chosen_queries(images, chosen, sides):
-    """uint8 images N C H W and, under each, the queries that ProbSparse picks in each stage (all heads together)."""
+    """uint8 images N C H W and, under each, the queries that any head picks by ProbSparse in each stage."""
     sheet, rows = [*images], ["image"]
     for side, picked in ((side, picked.cpu()) for side, picked in zip(sides, chosen) if picked is not None):
         there = torch.zeros(len(images), side * side, dtype=torch.bool).scatter_(1, picked.flatten(1), True)
         sheet += [tint(image, mask.view(side, side)) for image, mask in zip(images, there)]
-        rows.append(f"stage {len(rows)}\n{picked.shape[-1]} of {side * side:,}")
+        rows.append(f"stage {len(rows)}\n{there.sum(1).float().mean():.0f} of {side * side:,}")
     return pictures(sheet, rows, columns=len(images), size=WIDTH / len(images))
