@@ -64,13 +64,33 @@ stage() {
     echo "=== $name: $verdict, $((SECONDS - begun)) s"
 }
 
+# pytest, a file of tests or a notebook on each core, four at most
+side_by_side() {
+    local python=$1
+    shift
+    "$python" -m pytest --numprocesses="$workers" --dist=loadfile "$@"
+}
+
+# Most tests share the cores; those that time something, or start much themselves, come after them, one at a time.
+run_pytest() {
+    local code=0
+    side_by_side "$1" -m "not alone" || code=$?
+    "$1" -m pytest -m alone || [ $? -eq 5 ] || code=1  # 5: there are none
+    return $code
+}
+
+# The last notebook reads what the others left, so it comes after them.
 run_notebooks() {
-    local copies=$here/.state/nbval scratch
+    local copies=$here/.state/nbval scratch code=0 all
     scratch=$(mktemp -d) && rm -rf "$copies" || return
     # nbval runs notebooks as they are, so the parameters are put in beforehand
-    "$1" -c 'import sys; from vitlab.run.notebooks import prepare; prepare(*sys.argv[1:])' "$here" "$copies" &&
-        VITLAB_ROOT=$scratch "$1" -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 "$copies"/*.ipynb
-    local code=$?
+    "$1" -c 'import sys; from vitlab.run.notebooks import prepare; prepare(*sys.argv[1:])' "$here" "$copies" ||
+        { rm -rf "$scratch"; return 1; }
+    all=("$copies"/*.ipynb)
+    local options=(--nbval-lax --nbval-current-env --nbval-cell-timeout=300)
+    export VITLAB_ROOT=$scratch OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}
+    if [ ${#all[@]} -gt 1 ]; then side_by_side "$1" "${options[@]}" "${all[@]::${#all[@]}-1}" || code=$?; fi
+    "$1" -m pytest "${options[@]}" "${all[${#all[@]}-1]}" || code=$?
     rm -rf "$scratch"
     return $code
 }
@@ -78,8 +98,11 @@ run_notebooks() {
 run_tests() {
     cd "$here"
     failed=0
+    read -r workers share < <("$1" -c 'import os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+print(min(cores, 4), max(1, cores // 4))')
     stage ruff "$1" -m ruff check .
-    stage pytest "$1" -m pytest
+    stage pytest run_pytest "$1"
     stage notebooks run_notebooks "$1"
     exit $failed
 }

@@ -1,12 +1,15 @@
+import os
+
 import pytest
 
 from vitlab.utils import threads
 
 threads.wait_passively()
+# files of tests that run side by side share the cores, and so do the processes that they start
+_beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, threads.physical_cores() // _beside))))
 
-import torch  # noqa: E402 - OpenMP reads how to wait when torch is loaded
-
-torch.set_num_threads(min(2, torch.get_num_threads()))
+import torch  # noqa: E402 - OpenMP reads how many, and how to wait, when torch is loaded
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,7 @@ import pytest
 import vitlab
 
 
+@pytest.mark.alone
 def test_importing_the_package_imports_nothing_heavy():
     code = (
         "import time; start = time.perf_counter(); import sys, vitlab; took = time.perf_counter() - start\n"

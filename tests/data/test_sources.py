@@ -98,6 +98,7 @@ def test_order_of_an_npz_does_not_matter_to_the_sum(mini_cifar, tmp_path):
     assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
 
 
+@pytest.mark.alone
 @needs_cifar10
 @pytest.mark.timeout(60)
 def test_real_cifar10_opens_within_a_second():
@@ -140,7 +141,7 @@ WNIDS = ["n03", "n01", "n02"]  # wnids.txt is not sorted
 
 
 @pytest.fixture
-def small_zip(tmp_path):
+def small_zip():
     """Bytes of a zip laid out as tiny-imagenet-200.zip: 3 classes of 10 train images, 6 validation images."""
 
     def jpeg(seed, grey=False):
@@ -228,6 +229,11 @@ def test_faults_of_a_tiny_imagenet(small_zip, tmp_path):
     path.write_bytes(small_zip[:5000])
     with pytest.raises(ValueError, match="not a whole zip"):
         load("tiny-imagenet", root=tmp_path, val=3)
+    listed = "\n".join(WNIDS).encode()  # stored as it is, with a checksum
+    for damaged in (small_zip.replace(listed, listed[:-1] + b"x"), small_zip.replace(b"PK\3\4", b"PK\3\5", 1)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            load("tiny-imagenet", root=tmp_path)
     with zipfile.ZipFile(io.BytesIO(small_zip)) as whole, zipfile.ZipFile(path, "w") as other:
         for name in whole.namelist():
             marks = name.endswith("val_annotations.txt")

@@ -12,6 +12,8 @@ from vitlab.metrics import measure, meters
 from vitlab.metrics.measure import macs, peak_memory
 from vitlab.metrics.meters import compare, latency
 
+pytestmark = pytest.mark.alone
+
 
 def test_latency_is_the_time_of_one_call():
     found = latency(lambda x: time.sleep(0.004), torch.zeros(1), warmup=1, seconds=0.05, min_runs=5)

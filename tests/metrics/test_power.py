@@ -11,6 +11,8 @@ from vitlab.metrics import power
 from vitlab.metrics.meters import Timing
 from vitlab.metrics.power import energy_per_image
 
+pytestmark = pytest.mark.alone
+
 
 class Nvml(types.ModuleType):
     """A card that draws `watts`; its counter steps every 20 ms."""

@@ -1,5 +1,7 @@
 """`vitlab apply` on a folder of images: what it makes, what it says of it, and how it goes on when stopped."""
 
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -110,3 +112,12 @@ def test_timms_models_and_those_of_other_kinds(given, tmp_path, capsys):
     assert "a ResNet is neither vitlab's ViT nor a timm VisionTransformer" in capsys.readouterr().err
     options = apply.token_options("r_max=.6, alpha=1.5,action=ward,pooled_last=true")
     assert options == (False, {"r_max": 0.6, "alpha": 1.5, "action": "ward", "pooled_last": True})
+
+
+def test_a_second_run_on_the_same_output_is_refused_by_name(tmp_path):
+    out = tmp_path / "small.safetensors"
+    with apply.work_on(out, {"prune": 0.5}) as work:
+        with pytest.raises(TimeoutError, match=f"still held by .*process {os.getpid()}"), apply.work_on(out, {}):
+            pass
+        assert (work.folder / "options.json").exists(), "the first one's folder stays"
+    assert not work.folder.exists()

@@ -14,6 +14,8 @@ import chromium
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 STEM = "05_token_pruning"
 needs_lab = pytest.mark.skipif(importlib.util.find_spec("jupyterlab") is None, reason="needs JupyterLab")

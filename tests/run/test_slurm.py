@@ -54,6 +54,8 @@ for seed in seeds:
         arm.write_text(json.dumps({"job": os.environ["SLURM_JOB_ID"], "jobs": os.environ.get("VITLAB_JOBS")}))
 """
 
+pytestmark = pytest.mark.alone
+
 
 def free_ports(count):
     with contextlib.ExitStack() as stack:

@@ -91,6 +91,7 @@ def test_sizes_that_take_too_long_are_left_out_and_said():
     assert {r["n"] for r in rows} == {16} and len(said) == 2
 
 
+@pytest.mark.alone
 def test_training_speed_of_a_deeper_model_is_lower():
     configs = {"deep": dataclasses.replace(SPEC.config, depth=8), "shallow": dataclasses.replace(SPEC.config, depth=1)}
     found = training_speed({k: ViT(c) for k, c in configs.items()}, batch=8, seconds=0.05)

@@ -90,11 +90,22 @@ def test_killed_at_random_moments_a_run_ends_bit_identical(tmp_path):
     assert [p.name for p in tmp_path.glob("*.part")] == [] or kills  # leftovers of a kill are never read
 
 
+def half(model, batch):
+    loss, logs = cross_entropy(model, batch)
+    return loss / 2, logs
+
+
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(data, tmp_path):
     path = tmp_path / "run.safetensors"
     trained(data, checkpoint=path)
     with pytest.raises(ValueError, match="belongs to another run"):
         trained(data, dataclasses.replace(RECIPE, lr=5e-4), checkpoint=path)
+    with pytest.raises(ValueError, match="belongs to another run"):  # as many images, others
+        trained(dataclasses.replace(data, key="others"), checkpoint=path)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        trained(data, checkpoint=path, objective=half)
+    with pytest.raises(ValueError, match="belongs to another run"):  # the same tensors, used otherwise
+        trained(data, config=dataclasses.replace(CONFIG, heads=CONFIG.heads * 2), checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         trained(data, checkpoint=path)

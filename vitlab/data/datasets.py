@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitlab.data import sources
 from vitlab.data.sources import DatasetMissing, Source
-from vitlab.utils.files import digest
+from vitlab.utils.files import digest, locked
 from vitlab.utils.rng import generator as stream
 from vitlab.utils.tensors import load_tensors, save_tensors
 
@@ -217,8 +217,18 @@ def _drawn(labels, count, draw, what):
 
 
 def _read(plan, root, on_error):
-    """The source of a plan: from its cache if that is whole and in date, else anew."""
+    """The source of a plan: from its cache if that is whole and in date, else anew, by one process at a time."""
     path = root / "cache" / f"{plan.stem}.safetensors"
+    with contextlib.ExitStack() as stack:
+        waited = False
+        with contextlib.suppress(OSError):  # a folder that cannot be written to
+            if not (found := _cached(plan, path, on_error)):
+                waited = stack.enter_context(locked(path.with_suffix(".lock")))
+        return found or (waited and _cached(plan, path, on_error)) or _made(plan, root, path, on_error)
+
+
+def _cached(plan, path, on_error):
+    """What the cache holds for the plan; None where it is not there, not whole or out of date."""
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         tensors, said = load_tensors(path)
         facts = json.loads(said["vitlab"])
@@ -226,6 +236,11 @@ def _read(plan, root, on_error):
         if in_date and not (facts["skipped"] and on_error == "raise"):  # the broken images are to be named
             splits = {p: (tensors[f"{p}_images"], tensors[f"{p}_labels"]) for p in PARTS if f"{p}_images" in tensors}
             return Source(splits, tuple(facts["classes"]), facts["skipped"])
+    return None
+
+
+def _made(plan, root, path, on_error):
+    """What the plan reads, kept in the cache."""
     source = plan.read(on_error)
     if plan.stamp is None:  # just downloaded
         plan = sources.plan(plan.stem, root)

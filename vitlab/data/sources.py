@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import zipfile
+import zlib
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,8 @@ ZIP = "tiny-imagenet-200.zip"
 ZIP_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 ZIP_SIZE = 64  # pixels a side of its images
+# what a zip file with a bit flipped, cut short or encrypted may end in
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 TIMEOUT = 20  # seconds without a byte before a download is given up
 # SHA-256 of the sorted SHA-256 sums of (pixels, label) of all images: of the set, whatever its order
 CIFAR_SUMS = {
@@ -85,7 +88,7 @@ def _from_npz(name, path):
     try:
         with np.load(path, allow_pickle=False) as data:
             parts = {part: (data[f"x_{part}"], data[f"y_{part}"].ravel()) for part in ("train", "test")}
-    except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, MemoryError, ValueError, *DAMAGED) as error:
         raise ValueError(f"{path} cannot be read as npz with x_train, y_train, x_test, y_test: {error}") from error
     for part, (pixels, labels) in parts.items():
         right = pixels.dtype == np.uint8 and pixels.shape == (len(labels), 32, 32, 3)
@@ -129,7 +132,7 @@ def tiny_imagenet(path, on_error="raise"):
         _downloaded("tiny-imagenet", partial(_download_zip, path), f"{ZIP_URL} (MD5 {ZIP_MD5})", [path])
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is not a whole zip file ({error}): remove it to have it downloaded again") from error
     with archive:
         top = path.stem + "/"
@@ -139,6 +142,8 @@ def tiny_imagenet(path, on_error="raise"):
             number = {wnid: k for k, wnid in enumerate(ids)}
             words = dict(_rows(read("words.txt")))
             marks = [(f"val/images/{image}", number[wnid]) for image, wnid in _rows(read("val/val_annotations.txt"))]
+        except DAMAGED as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it to have it downloaded again") from error
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is not laid out as Tiny ImageNet: {error!r}") from error
         found = (re.fullmatch(r"(train/(\w+)/images/[^/]+\.JPEG)", n.removeprefix(top)) for n in archive.namelist())

@@ -3,6 +3,7 @@
 Every step keeps what it has done in a folder beside --out, so that the same command goes on where it was stopped.
 """
 
+import contextlib
 import copy
 import math
 import shutil
@@ -96,6 +97,15 @@ def token_options(text):
     except ValueError as error:
         raise ValueError(f"--reduce-tokens {text}: 'auto' or NAME=VALUE is needed, and {error}") from error
     return "auto" in parts, found
+
+
+@contextlib.contextmanager
+def work_on(out, options):
+    """The `Work` on `out`, removed at the end; TimeoutError, which names it, while another process is at it."""
+    with files.locked(Path(f"{out}.work", "at-work.lock"), stop=lambda: True):
+        work = Work(out, options)
+        yield work
+        shutil.rmtree(work.folder)
 
 
 class Work:
@@ -218,13 +228,18 @@ def apply(options, device, recipe):
     if new and not options.fine_tune:
         raise ValueError(f"{options.model} has no head for these {data.num_classes} classes yet: give --fine-tune 5")
     asked = {name: getattr(options, name) for name in ("model", "prune", "reduce_tokens", "fine_tune", "distill")}
-    work = Work(options.out, asked | {"recipe": recipe, "data": data.key})
+    with work_on(options.out, asked | {"recipe": recipe, "data": data.key}) as work:
+        _apply(work, options, model, new, data, recipe)
+    print(f"\n{options.out}: the smaller model, for vitlab evaluate, measure, export and for vitlab.load")
+
+
+def _apply(work, options, model, new, data, recipe):
     if new:
         work.train("a head for these classes", model, data, recipe)
     path = work.folder / "cut.safetensors"
     if not path.exists():
         checkpoint.save(cut(model, data, options), path)
-    small = checkpoint.load(path, device)
+    small = checkpoint.load(path, data.train.images.device)
     free = getattr(model, "token_config", TokenConfig(r_max=0.0))
     arms = {BEFORE: model, FREE: reduce_tokens(model, free, pooled_last=True)}
     if options.fine_tune:
@@ -236,5 +251,3 @@ def apply(options, device, recipe):
     print(f"\n{table(rows, options.batch)}\n\n{verdict(rows, options.batch)}")
     about = {"dataset": options.data, "data": data.key, "recipe": recipe, "made from": options.model}
     checkpoint.save(small, options.out, about)
-    shutil.rmtree(work.folder)
-    print(f"\n{options.out}: the smaller model, for vitlab evaluate, measure, export and for vitlab.load")

@@ -14,10 +14,12 @@ from vitlab.run import runner
 from vitlab.utils import files
 
 TASK = "VITLAB_TASK"  # in its environment: which task of the array the command is, "" the last job
-# The command is given again as it was. What stopped for its --budget (exit code 75) is queued again.
+# The command is given again as it was, with the threads that the task was given (a cluster need not bind it to them).
+# What stopped for its --budget (exit code 75) is queued again.
 SCRIPT = """\
 #!/bin/sh
 export {task}="$SLURM_ARRAY_TASK_ID" PYTHONPATH={package}"${{PYTHONPATH:+:$PYTHONPATH}}"
+export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}"
 {command}
 code=$?
 if [ $code = {paused} ]; then scontrol requeue "$SLURM_JOB_ID"; fi

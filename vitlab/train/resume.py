@@ -1,5 +1,7 @@
 """The whole state of a training run in one atomic safetensors file."""
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from torch import nn
 
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
-from vitlab.utils.files import digest
+from vitlab.utils.files import described, digest, identity
 from vitlab.utils.tensors import load_tensors, save_tensors
 
 FORMAT = "vitlab-training-1"
@@ -18,8 +20,8 @@ class TrainingState:
     """Saves and restores weights, optimiser, averaged weights, objective, hooks, generators, history and `dtype`
     (the precision the run is executed in; None as long as none was loaded or set).
 
-    A path of None keeps nothing. The recipe and the names and shapes of all tensors must be those of the
-    saved run, else ValueError: another run's state is never taken up by mistake.
+    A path of None keeps nothing. Model, recipe, data, objective and hooks must be those of the saved run, else
+    ValueError: another run's state is never taken up by mistake.
     """
 
     def __init__(self, path, recipe, run, hooks):
@@ -28,7 +30,10 @@ class TrainingState:
         self.objective = run.objective if isinstance(run.objective, nn.Module) else None
         shapes = {k: list(v.shape) for k, v in self.model.state_dict().items()}
         # how a run is executed may change between its parts; what is computed may not
-        self.identity = digest({"recipe": told_apart(recipe), "shapes": shapes})
+        config = getattr(self.model, "config", None)
+        config = identity(config) if dataclasses.is_dataclass(config) else None
+        self.identity = digest({"recipe": told_apart(recipe), "model": [type(self.model).__name__, config, shapes],
+                                "data": run.data.key, "method": all_described([run.objective, *hooks])})
         self.dtype = None
 
     def tensors(self):
@@ -61,7 +66,8 @@ class TrainingState:
             raise ValueError(f"{self.path} is not a readable checkpoint ({error}); delete it to start anew") from error
         if meta.get("format") != FORMAT or meta.get("identity") != self.identity:
             raise ValueError(
-                f"{self.path} belongs to another run (its model or recipe differ); give another path, or delete it"
+                f"{self.path} belongs to another run (its model, recipe, data or method differ): give another path, "
+                "or delete it"
             )
         groups = {}
         for name, tensor in tensors.items():
@@ -90,6 +96,15 @@ class TrainingState:
             state.setdefault(int(index), {})[slot] = tensor
         whole = self.run.optimizer.state_dict()
         self.run.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+
+def all_described(methods):
+    """`described`, of those objectives and hooks that say what they do."""
+    found = []
+    for method in methods:
+        with contextlib.suppress(ValueError):
+            found.append(described(method))
+    return found
 
 
 def carry_state(old, before, new, after, carry):
