@@ -86,6 +86,16 @@ def test_a_finding_that_says_how_sure_it_is_goes_first(study):
     assert "- It costs 1.50 ± 1.10 points." in shown and "- It costs a point." not in shown
 
 
+def test_findings_keep_readme_short(study):
+    path = study.source / "README.md"
+    path.write_text(README + "word " * (report.WORDS - 200))
+    put(study, "conclusions", {"conclusions": [{"about": None, "text": "too " * 40}], "stamp": "older"})
+    short = report.render(study.source)["README.md"]
+    assert "too too" in short
+    path.write_text(README + "word " * (report.WORDS - 20))
+    assert "too too" not in report.render(study.source)["README.md"]
+
+
 def test_the_rows_behind_the_picture_are_those_on_it(study):
     put(study, "sweep", {"arm": "layer", "rows": [1, 2], "device": "a CPU", "stamp": "older"})
     (study.root / "figures" / "cpu" / "07_scoreboard").mkdir(parents=True)

@@ -17,7 +17,7 @@ from vitlab.utils.files import read_json, write_text
 
 FILES = ("README.md", "RESULTS.md", "CLAIMS.md")
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
-MOST = 6  # findings that README shows
+MOST, WORDS = 6, 900  # findings that README shows, and its words in all
 SURE = re.compile(r"±|\bn = \d|95 %")  # a sentence that says how sure it is
 PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
 
@@ -39,9 +39,10 @@ def render(root):
     """{file name: text} of the three files."""
     evidence = Evidence(root)
     readme = (evidence.root / "README.md").read_text(encoding="utf-8")
-    parts = {"hero": hero(evidence), "projects": projects(evidence), "findings": findings(evidence),
-             "status": status(evidence)}  # fmt: skip
-    return dict(zip(FILES, (fill(readme, parts), results(evidence), claims_page(evidence))))
+    readme = fill(readme, {"hero": hero(evidence), "projects": projects(evidence), "status": status(evidence)})
+    room = WORDS - words(fill(readme, {"findings": ""}))
+    return dict(zip(FILES, (fill(readme, {"findings": findings(evidence, room)}), results(evidence),
+                            claims_page(evidence))))  # fmt: skip
 
 
 def stale(root):
@@ -172,14 +173,25 @@ def _found(evidence, number, arm, control):
     return f"{mean:+.2f} ± {margin:.2f} points, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
-def findings(evidence):
+def words(text):
+    return len(re.findall(r"\S*\w\S*", text))
+
+
+def findings(evidence, room):
     """Of each notebook a sentence that is short enough for a newcomer; RESULTS.md has them all.
 
-    The first that says how sure it is (an interval, a number of seeds), else the first.
+    The first that says how sure it is (an interval, a number of seeds), else the first. Those that say so come first
+    where there is no `room` for all (words).
     """
-    short = [[line for line in conclusions(evidence, n.stem) if len(line.split()) <= 45] for n in evidence.notebooks]
-    lines = [f"- {next(filter(SURE.search, lines), lines[0])}\n" for lines in short if lines]
-    return "".join(lines[:MOST]) or "None yet: the notebooks write them when they run.\n"
+    short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 45] for n in evidence.notebooks]
+    lines = [next(filter(SURE.search, several), several[0]) for several in short if several]
+    shown = []
+    for line in sorted(lines, key=lambda line: not SURE.search(line)):
+        if words(line) <= room and len(shown) < MOST:
+            shown.append(line)
+            room -= words(line)
+    shown = "".join(f"- {line}\n" for line in lines if line in shown)
+    return shown or "None yet: the notebooks write them when they run.\n"
 
 
 def conclusions(evidence, stem):
