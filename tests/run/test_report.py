@@ -44,8 +44,8 @@ def test_what_is_said_is_worked_out_from_rows(study):
     assert report.refresh(study.source) == ["README.md", "RESULTS.md", "CLAIMS.md"]
     assert report.stale(study.source) == {}
     readme, results, claims = ((study.source / f"{n}.md").read_text() for n in ("README", "RESULTS", "CLAIMS"))
-    # -1 and -2 points
-    assert "| 1.85x for 0.90 points | -1.50 ± 0.71 points, 1.50x the throughput | n = 2, scaled down |" in readme
+    # -1 and -2 points: (10 x 0.5 + 0.5) / 11 / 2 under the root is 0.5, times t's 2.20
+    assert "| 1.85x for 0.90 points | -1.50 ± 1.10 points, 1.50x the throughput | n = 2, scaled down |" in readme
     assert "| nothing yet | notebook 04 has not run |" in readme
     assert "- It costs a point.\n" in readme and "old" not in readme
     assert f"| [{STEM}](notebooks/{STEM}.ipynb) | never run | 2026-11-24, a CPU |" in readme
@@ -63,6 +63,46 @@ def test_rows_of_older_code_are_marked_everywhere(study):
     assert "| S3/baseline † |" in texts["RESULTS.md"]
     line = next(line for line in texts["CLAIMS.md"].splitlines() if line.startswith("| S3/baseline/input-tokens"))
     assert "confirmed | made by older code" in line
+
+
+def test_a_notebook_that_only_reads_has_its_sentences_too(study):
+    reader = "07_reader"
+    write(study.source / "notebooks" / f"{reader}.ipynb", ["1"], ["05"])
+    (study.source / "presets" / "cpu.yaml").write_text(f"{STEM}: {{}}\n{reader}: {{}}\n")
+    job, = runner.plan(study, "cpu", [reader])
+    said = {"conclusions": [{"about": None, "text": "Tokens first."}], "stamp": job.stamp(study)}
+    write_json(study.root / "results" / "cpu" / reader / "conclusions.json", said)
+    texts = report.render(study.source)
+    assert "- Tokens first.\n" in texts["README.md"] and "- Tokens first.\n" in texts["RESULTS.md"]
+    write_json(study.root / "results" / "cpu" / reader / "conclusions.json", said | {"stamp": "older"})
+    assert "- Tokens first. *(made by older code)*" in report.render(study.source)["README.md"]
+
+
+def test_a_finding_that_says_how_sure_it_is_goes_first(study):
+    texts = ["It costs a point.", "It costs 1.50 ± 1.10 points.", "n = 2."]
+    said = {"conclusions": [{"about": None, "text": text} for text in texts]}
+    put(study, "conclusions", said | {"stamp": "older"})
+    shown = report.render(study.source)["README.md"]
+    assert "- It costs 1.50 ± 1.10 points." in shown and "- It costs a point." not in shown
+
+
+def test_findings_keep_readme_short(study):
+    path = study.source / "README.md"
+    path.write_text(README + "word " * (report.WORDS - 200))
+    put(study, "conclusions", {"conclusions": [{"about": None, "text": "too " * 40}], "stamp": "older"})
+    short = report.render(study.source)["README.md"]
+    assert "too too" in short
+    path.write_text(README + "word " * (report.WORDS - 20))
+    assert "too too" not in report.render(study.source)["README.md"]
+
+
+def test_the_rows_behind_the_picture_are_those_on_it(study):
+    put(study, "sweep", {"arm": "layer", "rows": [1, 2], "device": "a CPU", "stamp": "older"})
+    (study.root / "figures" / "cpu" / "07_scoreboard").mkdir(parents=True)
+    (study.root / "figures" / "cpu" / "07_scoreboard" / "hero.png").touch()
+    assert "rows behind it" not in report.render(study.source)["README.md"]
+    write(study.source / "notebooks" / f"{STEM}.ipynb", ["1 + 1"])
+    assert "\n4 of the 4 rows behind it were made by older code.\n" in report.render(study.source)["README.md"]
 
 
 def test_without_rows_there_are_no_findings(study):

@@ -10,7 +10,8 @@ from vitlab.study.claims import get
 def rows(**columns):
     frame = pd.DataFrame(columns)
     return frame.assign(seed=frame.get("seed", 0), as_published=frame.get("as_published", True),
-                        changes=frame.get("changes", ""))  # fmt: skip
+                        changes=frame.get("changes", ""), batch=frame.get("batch", 128),
+                        device_type=frame.get("device_type", "cuda"))  # fmt: skip
 
 
 def test_rows_answer_claims_of_their_arm_in_the_claims_unit():
@@ -51,6 +52,20 @@ def test_speed_does_not_depend_on_training_and_accuracy_does():
     assert answers(get("S3/pruned-alpha-1.2/accuracy-drop"), measured)[1] is False
     assert not answers(get("S3/pruned-alpha-1.2/speed-up"), measured.assign(changes="dim 64 instead of 512"))[1]
     assert not answers(get("S3/pruned-alpha-1.2/speed-up"), measured.assign(changes=""))[1]
+
+
+def test_a_speed_is_as_published_only_on_that_kind_of_device_and_at_that_batch():
+    measured = rows(arm=["S3/baseline", "S3/baseline-on"], images_per_s=[100.0, 150.0], accuracy_top1=[70.0, 69.0])
+    assert answers(get("S3/baseline-on/speed-up"), measured) == ([1.5], True, "")
+    for other, why in (({"device_type": "cpu"}, "timed on cpu"), ({"batch": 64}, "timed at batch 64")):
+        assert answers(get("S3/baseline-on/speed-up"), measured.assign(**other)) == ([1.5], False, why)
+        assert answers(get("S3/baseline-on/accuracy"), measured.assign(**other))[1:] == (True, "")
+    untold = measured.drop(columns=["device_type", "batch"])
+    assert answers(get("S3/baseline-on/speed-up"), untold)[1] is False
+    pruned = rows(arm=["S2/baseline", "S2/pruned-40"], images_per_s=[100.0, 150.0], latency_ms=[2.0, 1.0])
+    assert answers(get("S2/pruned-40/latency-change"), pruned)[1:] == (True, "")  # of one image in any row
+    assert answers(get("S2/pruned-40/throughput-change"), pruned)[2] == "timed at batch 128"
+    assert answers(get("S2/pruned-40/throughput-change"), pruned.assign(batch=1))[1] is True
 
 
 def test_differences_are_to_the_model_beside_by_seed():

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from vitlab.study.noise import change, changes, run_noise
+from vitlab.study.noise import change, changes, image_noise, interval, no_loss_p, p_value, run_noise
 
 
 def test_run_noise_is_that_of_the_seed_and_of_the_images():
@@ -40,3 +40,27 @@ def test_changes_of_several_arms_share_their_error():
     assert found.p["a"] == pytest.approx(2 * 2 * stats.t.sf(2 / error, 12))
     assert found.p["b"] == 1.0
     assert changes(by_seed[:1], "whole", 0.5).change["a"] == -2.0  # one seed: the prior's noise alone
+
+
+def test_more_seeds_do_not_lessen_what_the_test_images_leave_open():
+    """30 seeds on 100 images: the images' own 5 points stay, by hand with scipy's t."""
+    rows = pd.DataFrame([{"arm": arm, "seed": s, "accuracy_top1": 50.0 + 3 * (arm == "a"), "n": 100}
+                         for arm in ("a", "b") for s in range(30)])  # fmt: skip
+    images = image_noise(rows)
+    assert images == pytest.approx(100 * (0.515 * 0.485 / 100) ** 0.5)
+    seeds = (10 * 2 * 0.5**2 / 39 / 30) ** 0.5
+    margin = stats.t.ppf(0.975, 39) * (seeds**2 + 2 * images**2) ** 0.5
+    assert change(rows, "a", "b") == f"+3.00 ± {margin:.2f} points (unclear)"
+    by_seed = rows.pivot(index="seed", columns="arm", values="accuracy_top1")
+    one = changes(by_seed, "b", 0.5, shared=images).loc["a"]
+    assert one.high == pytest.approx(3 + margin)
+    assert one.p == pytest.approx(2 * stats.t.sf(3 * stats.t.ppf(0.975, 39) / margin, 39))
+    assert interval([1.0], 0.5, 2.0)[2] > interval([1.0, 1.0, 1.0], 0.5, 2.0)[2] > stats.t.ppf(0.975, 12) * 2.0
+    assert p_value([3.0] * 9, 0.5, 5.0) > 0.5 > p_value([3.0] * 9, 0.5)
+
+
+def test_no_loss_by_the_spread_of_paired_differences():
+    """Against scipy's one-sided t-test."""
+    apart = [0.1, -0.2, 0.05]
+    assert no_loss_p(apart, 0.7) == pytest.approx(stats.ttest_1samp(apart, -0.7, alternative="greater").pvalue)
+    assert no_loss_p([0.0] * 3, 0.7) == 0.0 and no_loss_p([-0.8] * 3, 0.7) == no_loss_p([0.0], 0.7) == 1.0

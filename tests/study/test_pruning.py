@@ -69,6 +69,7 @@ def test_a_cut_arm_is_exact_and_trained_on_from_there(study, data, base):
     assert on.spec.changes[-1] == "less" and on.model.config == small.model.config
     assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
     assert any(not torch.equal(v, before[k]) for k, v in on.model.state_dict().items())
+    assert on.epochs == small.epochs + 1 == 2  # what was cut keeps the epochs of what it was cut from
     again = pruned.tuned(study, small, data, {"epochs": 1, "lr": 1e-3}, "on", "on")
     assert again.key == on.key
     other = pruned.cut(base, gate_masks(base, 0.85), "cut", "cut")

@@ -27,7 +27,9 @@ TWO = rows(("S3/baseline-small", 0, 60.0, 2.0, 100.0), ("S3/baseline-small", 1, 
         ("S2/pruned-40-kd", "S2/baseline-tuned"),
         ("S2/torch-pruning", "S2/baseline-tuned"),
         ("S2/tiny-kd", "S2/baseline"),
-        ("S0/sparse", "S0/dense"),
+        ("S0/sparse", "S0/dense-6"),
+        ("S0/dense-6", "S0/dense"),
+        ("S2/pruned-40-scratch", "S2/baseline-tuned"),
         ("S1/B1", "plain ViT"),
         ("ours, ToMe at its alpha", "ours"),
         ("ours/control", "ours/uncut"),
@@ -38,9 +40,37 @@ TWO = rows(("S3/baseline-small", 0, 60.0, 2.0, 100.0), ("S3/baseline-small", 1, 
     ],
 )
 def test_what_an_arm_is_compared_with(model, base):
-    present = ("S0/dense", "S2/baseline", "S2/baseline-tuned", "S4/baseline", "ours", "ours/uncut", "plain ViT",
-               "softmax, 65 tokens")  # fmt: skip
+    present = ("S0/dense", "S0/dense-6", "S2/baseline", "S2/baseline-tuned", "S4/baseline", "ours", "ours/uncut",
+               "plain ViT", "softmax, 65 tokens")  # fmt: skip
     assert scoreboard.base_of(model, present) == base
+
+
+@pytest.mark.parametrize(
+    ("family", "models"),
+    {
+        "softmax attention": ["S0/dense-6", "softmax at hydra's MACs", "softmax with ripple's convolutions"],
+        "sparse attention": ["S0/sparse", "top-k", "top-k, shared out", "both"],
+        "heads removed": ["heads, budget", "heads, L1", "heads, hard-concrete"],
+        "smaller model": ["dense, narrower", "S2/tiny", "S2/pruned-40-scratch"],
+        "distilled": ["S2/tiny-kd", "S2/pruned-40-kd", "ours/kd-cnn", "ours/locality"],
+        "channels pruned": ["pruned", "pruned, fine-tuned", "S2/pruned-40", "S2/torch-pruning", "ours/in-rounds"],
+        "tokens dropped": ["S3/pruned-on", "S3/baseline-alpha-1.5", "ours, drop by a uniform grid at 1.85x"],
+        "all tokens kept": ["S3/pruned-off", "S3/baseline, all tokens, pooled-last block at 1.85x"],
+        "tokens merged, ours": ["S3/baseline, size-priced merge, calibrated at 1.85x", "ours + fewer tokens"],
+        "tokens merged, ToMe": ["ours, ToMe, calibrated at 1.85x"],
+        "several at once": ["ours/kd-cnn + fewer tokens"],
+        "linear attention": ["S4/ripple", "hydra, 65 tokens", "ours, ripple", "linear"],
+        "another recipe": ["step: muon", "S3/baseline, our recipe"],
+        "other": ["something new"],
+    }.items(),
+)
+def test_each_arm_is_of_its_family(family, models):
+    for model in models:
+        found = scoreboard.board(rows(("ours", 0, 60.0, 1.0, 9.0), ("S3/baseline", 0, 60.0, 1.0, 9.0),
+                                      ("S0/dense", 0, 60.0, 1.0, 9.0), ("S2/baseline", 0, 60.0, 1.0, 9.0),
+                                      ("S4/baseline", 0, 60.0, 1.0, 9.0), ("ours/uncut", 0, 60.0, 1.0, 9.0),
+                                      (model, 0, 60.0, 1.0, 9.0)))  # fmt: skip
+        assert found.set_index("arm").family[model] == family, model
 
 
 def test_changes_are_paired_by_seed_and_stand_beside_the_means():
@@ -50,6 +80,9 @@ def test_changes_are_paired_by_seed_and_stand_beside_the_means():
     assert (pruned["change"], pruned["n"], pruned["images_per_s_x"]) == (-1.5, 2, 1.5)
     assert pruned["latency_x"] == pytest.approx((0.5 + 1) / 2) and 0 < pruned["margin"] < 2
     assert pruned["accuracy_top1 %"] == pytest.approx(50 * (59 / 60 + 60 / 62) - 100)
+    # what is its own base changes by 0 by definition; an accuracy has an interval of its own (t of 11 degrees: 2.20)
+    assert pd.isna(base["margin"]) and pruned["margin"] == pytest.approx(2.200985 * ((10 * 0.5 + 0.5) / 11 / 2) ** 0.5)
+    assert pruned["accuracy_margin"] == pytest.approx(2.200985 * ((10 * 0.25 + 0.5) / 11 / 2) ** 0.5)
     assert pd.isna(pruned["mj_per_image"]) and pruned["made by"] == ""
 
 
@@ -102,6 +135,27 @@ def test_the_chart_shows_every_arm_and_every_star():
     assert labels == {"baseline", "tokens dropped", "claimed"}
     assert {"token pruning,\npruned alpha 1.2", "faster, more accurate"} <= {text.get_text() for text in left.texts}
     plt.close(figure)
+
+
+def test_the_bars_are_those_of_what_is_drawn():
+    board = scoreboard.board(TWO)
+    figure = scoreboard.chart(board, [("latency_x", "change"), ("macs", "accuracy_top1")])
+    for ax, margin in zip(figure.axes, ("margin", "accuracy_margin")):
+        ends = [path.vertices[:, 1] for bars in ax.collections for path in bars.get_paths() if len(path.vertices) == 2]
+        half = sorted(h for y in ends if (h := float(y.max() - y.min()) / 2) == h)
+        assert half == pytest.approx(sorted(board[margin].dropna()))
+    plt.close(figure)
+
+
+def test_methods_stacked_stand_beside_their_product_and_sum():
+    found = rows(("ours", 0, 80.0, 2.0, 100.0), ("ours/uncut", 0, 81.0, 2.0, 100.0), ("ours/kd", 0, 79.0, 2.0, 150.0),
+                 ("ours + fewer", 0, 79.0, 2.0, 120.0), ("ours/kd + fewer", 0, 78.5, 2.0, 160.0),
+                 ("ours/random + fewer", 0, 78.0, 2.0, 160.0))  # fmt: skip
+    (line,) = scoreboard.stacked(scoreboard.board(found)).to_dict("records")
+    assert (line["arm"], line["base"]) == ("ours/kd + fewer", "ours/uncut")
+    assert (line["change"], line["images_per_s_x"]) == (-2.5, 1.6)
+    assert line["added"] == -2 - 1 and line["multiplied"] == pytest.approx(1.5 * 1.2)
+    assert len(scoreboard.stacked(scoreboard.board(TWO))) == len(scoreboard.stacked(scoreboard.board(TWO[:0]))) == 0
 
 
 def test_a_sortable_table_has_a_click_on_each_heading():

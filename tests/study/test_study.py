@@ -128,7 +128,9 @@ def test_an_arm_goes_on_from_another_and_leaves_it_as_it_was(study, spec):
     tuned = study.arm(dataclasses.replace(spec, name="tuned"), data, start=first)
     assert tuned.key != first.key and tuned.name == "tuned" and torch.equal(first.model.head.weight, before)
     assert not torch.equal(tuned.model.head.weight, before)
+    assert (first.epochs, tuned.epochs) == (1, 2)  # those of the start are its own too, trained now or before
     again = study.arm(spec, data, start=first, name="tuned")
+    assert again.epochs == study.row(again, data, seconds=0.02, batch=8)["epochs"] == 2
     assert torch.equal(again.model.head.weight, tuned.model.head.weight)
 
 
@@ -171,6 +173,16 @@ def test_claims_are_settled_written_and_pending_ones_shown(study):
     assert "1 confirmed" in study.claims_summary(chosen) and len(read_rows(study.root, "tiny")) == 0
 
 
+def test_a_notebook_says_of_directions_what_the_whole_study_says(study):
+    gaps = {"pruned-off": [-0.8, -0.9, -1.0], "pruned-on": [-0.5, -0.6, -0.7], "trained-pruned": [-0.1, 0.1, 0.3]}
+    for name, apart in gaps.items():
+        study.settle(f"S3/{name}/accuracy", [55.0] * 3, as_published=False, differences=apart)
+    assert study.verdicts["S3/pruned-off/accuracy"].status == "direction agrees"
+    chosen = [get(claim) for claim in study.verdicts]
+    assert set(study.claims_table(chosen).verdict) == {"direction unclear"}
+    assert "3 direction unclear" in study.claims_summary(chosen)
+
+
 def test_rows_settle_all_claims_that_are_selected(study):
     chosen = select(project="S2", model="baseline")
     counted = pd.DataFrame([{"arm": "S2/baseline", "seed": 0, "params": 9_751_306, "macs": 620e6, "as_published": True,
@@ -180,3 +192,7 @@ def test_rows_settle_all_claims_that_are_selected(study):
     assert len(status) == len(chosen)
     assert (status["parameters"], status["macs"], status["accuracy"]) == ("confirmed",) * 3
     assert (status["power"], status["size"]) == ("no run behind it", "pending")
+    timed = pd.DataFrame([{"arm": f"S2/{m}", "seed": s, "latency_ms": ms, "as_published": False, "changes": "dim 64"}
+                          for m, ms in (("baseline", 2.0), ("pruned-40", 1.8)) for s in range(3)])  # fmt: skip
+    study.settle_rows(timed, [get("S2/pruned-40/latency-change")], in_turns=True)
+    assert study.verdicts["S2/pruned-40/latency-change"].status == "direction agrees"

@@ -3,6 +3,7 @@
 Evidence whose stamp is not that of the present code is marked where it is shown.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -10,18 +11,20 @@ from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts
+from vitlab.study.noise import NOISE, interval
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
 FILES = ("README.md", "RESULTS.md", "CLAIMS.md")
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
-MOST = 6  # findings that README shows
+MOST, WORDS = 6, 900  # findings that README shows, and its words in all
+SURE = re.compile(r"±|\bn = \d|95 %")  # a sentence that says how sure it is
 PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
 
 # project -> its headline with the published figures, the notebook, the arm that stands for it, the arm it is held
 # against, which had the same training
 HEADLINES = {
-    "S0": ("{S0/sparse/accuracy} with sparse attention, {S0/dense/accuracy} dense", "02", "S0/sparse", "S0/dense"),
+    "S0": ("{S0/sparse/accuracy} with sparse attention, {S0/dense/accuracy} dense", "02", "S0/sparse", "S0/dense-6"),
     "S1": ("{S1/favit/memory-saved} of the memory saved, and better than a plain ViT", "03", "S1/B1", "plain ViT"),
     "S2": ("{S2/pruned-40-kd/accuracy} pruned by 40 % and distilled, {S2/baseline/accuracy} before", "04",
            "S2/pruned-40-kd", "S2/baseline-tuned"),
@@ -36,9 +39,10 @@ def render(root):
     """{file name: text} of the three files."""
     evidence = Evidence(root)
     readme = (evidence.root / "README.md").read_text(encoding="utf-8")
-    parts = {"hero": hero(evidence), "projects": projects(evidence), "findings": findings(evidence),
-             "status": status(evidence)}  # fmt: skip
-    return dict(zip(FILES, (fill(readme, parts), results(evidence), claims_page(evidence))))
+    readme = fill(readme, {"hero": hero(evidence), "projects": projects(evidence), "status": status(evidence)})
+    room = WORDS - words(fill(readme, {"findings": ""}))
+    return dict(zip(FILES, (fill(readme, {"findings": findings(evidence, room)}), results(evidence),
+                            claims_page(evidence))))  # fmt: skip
 
 
 def stale(root):
@@ -66,7 +70,7 @@ def fill(text, parts):
 
 
 class Evidence:
-    """What there is: for each notebook its jobs by preset, the best preset with rows, those rows.
+    """What there is: for each notebook its jobs by preset, the best preset with rows of arms, those rows.
 
     presets: the best first. root: where rows lie, if not with the notebooks.
 
@@ -77,15 +81,14 @@ class Evidence:
         self.root = Path(root or source)
         self.project = nb.Project(Path(source), self.root)
         self.notebooks = nb.find(source)
-        present = [p for p in presets if p in nb.presets(source)]
-        self.jobs = {(j.notebook.stem, p): j for p in present for j in runner.plan(self.project, p)}
+        self.present = [p for p in presets if p in nb.presets(source)]
+        self.jobs = {(j.notebook.stem, p): j for p in self.present for j in runner.plan(self.project, p)}
         self.preset, self.rows, self.stamp = {}, {}, {}
         for stem in (n.stem for n in self.notebooks):
-            for preset in present[::-1]:
+            for preset in self.present[::-1]:
                 if "arm" in (rows := read_rows(self.root, preset, stem)):
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
         for stem, rows in self.rows.items():
-            self.stamp[stem] = self.jobs[stem, self.preset[stem]].stamp(self.project)
             self.rows[stem] = rows.assign(
                 model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
                 why=[self.stale(stem, row) for row in rows.to_dict("records")],
@@ -93,13 +96,21 @@ class Evidence:
 
     def stale(self, stem, row):
         """"" for a row (a dictionary) of the present code, else what it is of."""
-        old = row.get("stamp")
-        return stamps.difference(old if isinstance(old, str) else None, self.stamp[stem])
+        old, preset = row.get("stamp"), self.preset.get(stem) or row["preset"]
+        if (stem, preset) not in self.stamp:
+            self.stamp[stem, preset] = self.jobs[stem, preset].stamp(self.project)
+        return stamps.difference(old if isinstance(old, str) else None, self.stamp[stem, preset])
 
     def special(self, stem, name):
-        """A file that notebook `stem` wrote beside its arms' rows, or {}."""
-        path = self.root / "results" / self.preset.get(stem, "none") / stem / f"{name}.json"
-        return read_json(path) if path.exists() else {}
+        """A file that notebook `stem` wrote beside its arms' rows, with its preset, or {}.
+
+        Of a notebook without arms (one that only reads what others measured) that of the best preset that has it.
+        """
+        for preset in [self.preset[stem]] if stem in self.preset else self.present:
+            path = self.root / "results" / preset / stem / f"{name}.json"
+            if path.exists():
+                return read_json(path) | {"preset": preset}
+        return {}
 
     def find(self, number):
         return next((n.stem for n in self.notebooks if n.stem.startswith(number) and n.stem in self.preset), None)
@@ -123,10 +134,15 @@ def hero(evidence):
     if not found:
         return "The picture comes with notebook 07.\n"
     told = "Change in accuracy against measured speed-up; hollow stars: where the projects said they would be"
-    rows = [rows for stem, rows in evidence.rows.items() if evidence.preset[stem] == found[0]]
+    rows = [drawn(rows) for stem, rows in evidence.rows.items() if evidence.preset[stem] == found[0]]
     old, count = sum((r.why != "").sum() for r in rows), sum(map(len, rows))
     note = f"\n{old} of the {count} rows behind it were made by older code.\n" if old else ""
     return f"![{told}](figures/{found[0]}/07_scoreboard/hero.png)\n{note}"
+
+
+def drawn(rows):
+    """Those of the rows that the scoreboard draws: of arms that were read on test images."""
+    return rows[rows.accuracy_top1.notna()] if "accuracy_top1" in rows else rows.head(0)
 
 
 def projects(evidence):
@@ -139,7 +155,7 @@ def projects(evidence):
 
 
 def _found(evidence, number, arm, control):
-    """(what was found, on which evidence) for an arm beside its control."""
+    """(what was found with its 95 % interval, on which evidence) for an arm beside its control."""
     stem = evidence.find(number)
     if not stem or not {arm, control} <= set(evidence.rows[stem].model):
         return "nothing yet", f"notebook {number} has not run"
@@ -148,18 +164,34 @@ def _found(evidence, number, arm, control):
         rows = rows[rows.why == ""]
     first, second = (rows[rows.model == name].groupby("seed").last() for name in (arm, control))
     gain = (first.accuracy_top1 - second.accuracy_top1).dropna()
+    if not len(gain):
+        return "nothing yet", f"notebook {number} has no seed of both"
     speed = (first.images_per_s / second.images_per_s).mean()
-    spread = f" ± {gain.std():.2f}" if len(gain) > 1 else ""
+    mean, _, margin = interval(gain.tolist(), math.sqrt(2) * NOISE["accuracy"])
     last = rows[rows.model == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
-    return f"{gain.mean():+.2f}{spread} points, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
+    return f"{mean:+.2f} ± {margin:.2f} points, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
-def findings(evidence):
-    """Of each notebook the first sentence that is short enough for a newcomer; RESULTS.md has them all."""
-    short = [[line for line in conclusions(evidence, n.stem) if len(line.split()) <= 45] for n in evidence.notebooks]
-    lines = [f"- {lines[0]}\n" for lines in short if lines]
-    return "".join(lines[:MOST]) or "None yet: the notebooks write them when they run.\n"
+def words(text):
+    return len(re.findall(r"\S*\w\S*", text))
+
+
+def findings(evidence, room):
+    """Of each notebook a sentence that is short enough for a newcomer; RESULTS.md has them all.
+
+    The first that says how sure it is (an interval, a number of seeds), else the first. Those that say so come first
+    where there is no `room` for all (words).
+    """
+    short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 45] for n in evidence.notebooks]
+    lines = [next(filter(SURE.search, several), several[0]) for several in short if several]
+    shown = []
+    for line in sorted(lines, key=lambda line: not SURE.search(line)):
+        if words(line) <= room and len(shown) < MOST:
+            shown.append(line)
+            room -= words(line)
+    shown = "".join(f"- {line}\n" for line in lines if line in shown)
+    return shown or "None yet: the notebooks write them when they run.\n"
 
 
 def conclusions(evidence, stem):
@@ -190,14 +222,15 @@ def standing(evidence, notebook, preset):
 def results(evidence):
     """RESULTS.md: for each notebook its sentences and its arms."""
     parts = ["# Results\n\nWritten by `vitlab report` from the rows in results/; not to be edited. † marks a row made "
-             "by older code or with other parameters than the present ones.\n"]  # fmt: skip
+             "by older code or with other parameters than the present ones. ± is the standard deviation over seeds.\n"]
     for notebook in evidence.notebooks:
         if (stem := notebook.stem) in evidence.preset:
             rows, said = evidence.rows[stem], "".join(f"- {line}\n" for line in conclusions(evidence, stem))
             where = f"Preset `{evidence.preset[stem]}`, on {' / '.join(dict.fromkeys(rows.device))}."
             # what is no arm read on test images (a sweep, a timing) belongs to its notebook
-            arms = rows[rows.accuracy_top1.notna()]
-            parts.append(f"## {notebook.title}\n\n{where}\n\n{said}\n{_table(arms)}")
+            parts.append(f"## {notebook.title}\n\n{where}\n\n{said}\n{_table(drawn(rows))}")
+        elif said := "".join(f"- {line}\n" for line in conclusions(evidence, stem)):
+            parts.append(f"## {notebook.title}\n\n{said}")
     return "\n".join(parts)
 
 

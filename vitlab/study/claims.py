@@ -43,7 +43,9 @@ class Claim:
     beside: str = ""  # the project's model that an absolute figure was to be better (worse, no worse) than
     derived_from: tuple[str, ...] = ()  # two claims, of which this is the quotient or the change in %
     own: str = ""  # two claims (and a factor) whose quotient the project's own figures give for this one
+    under: float | None = None  # what a loss was said to stay under, in the claim's unit
     unrun: bool = False  # no run is behind the figure: a literal, a formula, a projection
+    untestable: str = ""  # why it is never judged, if not for the unknown hardware
     notebook: str
     source: str = "published"
     table: str = ""
@@ -60,6 +62,8 @@ class Claim:
                 raise ValueError(f"claim {self.id}: {name} is {getattr(self, name)!r}, allowed: {allowed}")
         if not re.fullmatch(r"S\d/[\w.-]+/[\w.-]+", self.id):
             raise ValueError(f"claim {self.id!r}: an id is project/model/metric, of letters, digits, '.' and '-'")
+        if self.untestable and self.judged != "never":
+            raise ValueError(f"claim {self.id}: untestable, and yet judged {self.judged!r}")
         if self.tolerance < 0 or (self.numeric and not math.isfinite(self.value)):
             raise ValueError(f"claim {self.id}: value and tolerance must be finite, tolerance >= 0")
 
@@ -123,7 +127,7 @@ def _claim(given, before):
         raise ValueError("it has no value")
     found = _derived(given, *(_known(s, before) for s in sources)) if sources else _printed(given)
     given |= {"value": found["value"], "derived_from": sources, "tolerance": float(given.get("tolerance", 0)),
-              "unrun": "unrun" in given}  # fmt: skip
+              "under": float(given["under"]) if "under" in given else None, "unrun": "unrun" in given}  # fmt: skip
     return Claim(**found | given)
 
 

@@ -40,7 +40,7 @@ def cut(arm, masks, name, title):
     small = slim(arm.model, masks).eval()
     chosen = {k: m.int().tolist() for k, m in masks.items()}
     spec = dataclasses.replace(arm.spec, name=name, title=title, config=small.config)
-    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec)
+    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec, arm.before)
 
 
 def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, changes=()):

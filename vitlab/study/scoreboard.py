@@ -14,17 +14,20 @@ SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per
 IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
 LABELS = {"change": "change in accuracy (points)", "latency_x": "times as fast, one image at a time",
           "images_per_s_x": "times as fast, {} images at a time"}  # fmt: skip
+MARGINS = ("margin", "accuracy_margin")
 METHODS = {"S0": "sparse attention", "S1": "factorised attention", "S2": "channel pruning", "S3": "token pruning",
            "S4": "linear attention"}  # fmt: skip
 CORNERS = {(1, 1.01, "right", "bottom"): "faster, more accurate",
            (0.01, 0.01, "left", "bottom"): "slower, less accurate"}  # fmt: skip
 # family -> what the name of such an arm has in it (the first that fits); what others are compared with is a "baseline"
 FAMILIES = {
-    "several at once": r"/.* \+ ", "softmax attention": "^softmax|^dense", "distilled": "kd", "CNN": "(?i)cnn",
-    "sparse attention": "sparse|top-?k",
+    "several at once": r"/.* \+ ", "another recipe": "^step: | recipe$", "smaller model": "tiny$|scratch|narrower",
+    "softmax attention": "^softmax|(^|/)dense|plain ViT", "distilled": "kd|locality", "CNN": "(?i)cnn",
+    "sparse attention": "sparse|top-?k|^both", "heads removed": "^heads",
     "factorised attention": "S1/|team", "linear attention": "ripple|hydra|linear", "tokens merged, ToMe": "ToMe",
-    "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving|fewer tokens", "smaller model": "tiny",
-    "tokens dropped": "drop|EViT|attention at|random at|S3/|pooled-last", "channels pruned": "",
+    "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving|size-priced|fewer tokens",
+    "all tokens kept": "pruned-off|pooled-last", "tokens dropped": "drop|EViT|attention at|random at|grid at|S3/",
+    "channels pruned": "pruned|S2/torch-pruning|^ours/", "other": "",
 }  # fmt: skip
 
 
@@ -33,9 +36,10 @@ def base_of(model, present):
     name, _, data = model.partition(" on ")
     project = re.match(r"S\d/|ours", name)
     if project:  # what was trained on is held against the baseline that was trained on
-        tuned = name.startswith("ours/") or (re.search("tuned|-kd|torch-pruning", name) and "tiny" not in name)
+        tuned = name.startswith("ours/") or (re.search("tuned|-kd|scratch|torch-pruning", name) and "tiny" not in name)
         wanted = [f"{project[0]}baseline-tuned", "ours/uncut"] * bool(tuned) + [f"{project[0]}baseline"]
-        wanted += [f"{project[0]}dense", project[0], "plain ViT"]
+        # a sparse model of half the depth is held against a dense one of that depth
+        wanted += ["S0/dense-6"] * (name == "S0/sparse") + [f"{project[0]}dense", project[0], "plain ViT"]
     else:
         wanted = [f"softmax, {name.partition(', ')[2]}", *["S4/baseline"] * name.startswith("softmax"), "dense"]
         wanted += ["plain ViT", "ours"]
@@ -45,12 +49,13 @@ def base_of(model, present):
 def board(rows):
     """The mean of each arm's seeds (a DataFrame): SHOWN, and against its `base` in the same notebook and data: change
     (points) with margin (95 %), latency_x and images_per_s_x (speed-ups), and "<column> %" (change of each of SHOWN).
+    accuracy_margin is that of the accuracy itself; what is its own base has a change of 0 by definition, and no margin.
 
     An arm that was trained for more epochs than its base is not held against it: only its own columns are filled.
     rows: of one preset (else ValueError), as `read_rows` gives them; a column `why` says of which code a row is.
     """
     if not len(rows):
-        return pd.DataFrame(columns=[*IDENTITY, *SHOWN, *(f"{c} %" for c in SHOWN), *LABELS, "margin"])
+        return pd.DataFrame(columns=[*IDENTITY, *SHOWN, *(f"{c} %" for c in SHOWN), *LABELS, *MARGINS])
     if rows.preset.nunique() > 1:
         raise ValueError(f"rows of the presets {sorted(rows.preset.unique())} do not compare; choose one")
     lines = []
@@ -63,14 +68,34 @@ def board(rows):
             family = next(family for family, words in FAMILIES.items() if re.search(words, model))
             family = "baseline" if base in (model, None) else family
             known = (notebook, mine.arm.iloc[0], data, family, len(mine), base, mine.batch.iloc[0], mine.why.max())
-            lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()))
+            own = interval(values.accuracy_top1.tolist(), NOISE["accuracy"])[2]
+            lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()) | dict(zip(MARGINS, (math.nan, own))))
             if base and not mine.epochs.max() > arms[base].epochs.max():
                 other = arms[base][list(SHOWN)].astype(float)
                 apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
                 change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"])
                 lines[-1] |= {f"{c} %": 100 * (values[c] / other[c] - 1).mean() for c in SHOWN} | {
-                    "change": change, "margin": margin, "latency_x": (other.latency_ms / values.latency_ms).mean(),
+                    "change": change, "margin": math.nan if base == model else margin,
+                    "latency_x": (other.latency_ms / values.latency_ms).mean(),
                     "images_per_s_x": (values.images_per_s / other.images_per_s).mean()}  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def stacked(frame):
+    """Each model of several methods ("ours/kd + fewer tokens") of a `board` beside what its methods give one by one.
+
+    added: the sum of the changes in accuracy of the two (points); multiplied: the product of their speed-ups with a
+    batch. A DataFrame; a model one of whose methods has no row of its own is left out.
+    """
+    lines, alone = [], frame.set_index("arm")[["change", "images_per_s_x"]].dropna()
+    for row in frame[frame.family == "several at once"].to_dict("records"):
+        first, _, second = row["arm"].rpartition(" + ")
+        root = first.partition("/")[0]
+        other = next((n for n in (f"{root} + {second}", f"{root}/baseline + {second}") if n in alone.index), None)
+        if other and first in alone.index:
+            parts = alone.loc[[first, other]]
+            lines.append({c: row[c] for c in ("arm", "base", "n", "change", "margin", "images_per_s_x")}
+                         | {"added": parts.change.sum(), "multiplied": parts.images_per_s_x.prod()})  # fmt: skip
     return pd.DataFrame(lines)
 
 
@@ -102,16 +127,18 @@ def claimed():
 def chart(frame, panels, *, said=None):
     """Panels side by side, each a pair of columns (x, y): one marker a family, 95 % where several seeds are, the front.
 
+    The interval is that of what is drawn: of the change, or of the accuracy.
+
     said: points of `claimed`, as hollow stars, named where no other name stands.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
     look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s")}  # what others are held against
     look |= plots.colours([family for family in FAMILIES if family not in look])
     for ax, (x, y) in zip(axes[0], panels):
-        scale = COLUMNS[x].scale if x in COLUMNS else 1.0
+        scale, margin = COLUMNS[x].scale if x in COLUMNS else 1.0, MARGINS[y != "change"]
         for family, part in frame.dropna(subset=[x, y]).groupby("family", sort=False):
             colour, marker = look[family]
-            ax.errorbar(part[x] * scale, part[y], part.margin.where(part.n > 1), fmt=marker, color=colour,
+            ax.errorbar(part[x] * scale, part[y], part[margin].where(part.n > 1), fmt=marker, color=colour,
                         label=family, markersize=6, alpha=0.85)  # fmt: skip
         if said is not None:
             part = said.dropna(subset=[x])

@@ -44,10 +44,16 @@ class Arm:
     model: torch.nn.Module
     history: History
     spec: zoo.Spec
+    before: int = 0  # epochs of the arm that it started from
 
     @property
     def title(self):
         return self.spec.title
+
+    @property
+    def epochs(self):
+        """Epochs that its weights have seen, those of the arm it started from among them."""
+        return self.before + self.spec.recipe.epochs
 
 
 class Study:
@@ -99,7 +105,7 @@ class Study:
         spec, name = zoo.fitted(spec, data), name or spec.name
         if start is not None:
             spec = dataclasses.replace(spec, config=start.model.config)
-        recipe = dataclasses.replace(spec.recipe, seed=seed)
+        recipe, before = dataclasses.replace(spec.recipe, seed=seed), start.epochs if start else 0
         key = arm_key(spec.config, recipe, data.key, start=start, objective=objective, on_epoch=on_epoch)
         path = self.root / "checkpoints" / self.preset / f"{key}.safetensors"
         state = self.root / ".state" / "training" / self.preset / f"{key}.safetensors"
@@ -109,7 +115,7 @@ class Study:
                 arm = self.load(stored, spec, name=name, seed=seed)
                 if arm.key != key:
                     raise ValueError(f"{stored} holds another arm ({arm.key}): delete it, and {name} is trained again")
-                return arm
+                return dataclasses.replace(arm, before=before)
             rng.seed_all(seed)
             model = (spec.config.build() if start is None else copy.deepcopy(start.model)).to(self.device)
             self.log(f"{name}, seed {seed}: training {recipe.epochs} epochs on {data.name}")
@@ -124,7 +130,7 @@ class Study:
             checkpoint.save(model, path, about | provenance(self.device))
             state.unlink(missing_ok=True)
             self._trained.add(key)
-            return Arm(name, seed, key, model, history, spec)
+            return Arm(name, seed, key, model, history, spec, before)
 
     def arms(self, spec, data, seeds, **options):
         """`arm` for each seed."""
@@ -152,7 +158,7 @@ class Study:
         last = arm.history.rows[-1] if len(arm.history) else {}
         row = {
             "arm": arm.name, "title": arm.title, "seed": arm.seed, "key": arm.key, "dataset": data.name,
-            "notebook": self.notebook, "preset": self.preset, "epochs": arm.spec.recipe.epochs,
+            "notebook": self.notebook, "preset": self.preset, "device_type": self.device.type, "epochs": arm.epochs,
             "as_published": not arm.spec.changes, "changes": arm.spec.why,
             "val_accuracy": last.get("val_accuracy"), "train_s": arm.history.seconds,
         } | found | extra  # fmt: skip
@@ -194,23 +200,27 @@ class Study:
         self._write("verdicts", [dataclasses.asdict(v) for v in self.verdicts.values()])
         return verdict
 
-    def settle_rows(self, rows, selected):
-        """Settle the selected claims by what the rows (a DataFrame) answer, as `answers` finds it."""
+    def settle_rows(self, rows, selected, **options):
+        """Settle the selected claims by what the rows (a DataFrame) answer (see `answers`); options: of `settle`."""
         for claim in selected:
             values, as_published, why = answers(claim, rows)
-            self.settle(claim, values, as_published=as_published, why=why, differences=differences(claim, rows))
+            apart = differences(claim, rows)
+            self.settle(claim, values, as_published=as_published, why=why, differences=apart, **options)
 
     def _write(self, what, rows):
         write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
 
     def claims_table(self, selected):
-        """claimed | measured | verdict | note of the selected claims; what was not settled is pending."""
-        return verdicts.table(selected, self.verdicts.values())
+        """claimed | measured | verdict | note of the selected claims; what was not settled is pending.
+
+        Here as in CLAIMS.md, directions are corrected for the number of comparisons.
+        """
+        return verdicts.table(selected, verdicts.controlled(self.verdicts.values()))
 
     def claims_summary(self, selected):
         """One sentence of counts over the selected claims."""
-        settled = {claim: self.verdicts.get(claim.id) for claim in selected}
-        return verdicts.summary(v or verdicts.Verdict(claim=c.id, status="pending") for c, v in settled.items())
+        settled = {v.claim: v for v in verdicts.controlled(self.verdicts.values())}
+        return verdicts.summary(settled.get(c.id, verdicts.Verdict(claim=c.id, status="pending")) for c in selected)
 
 
 def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epoch=()):

@@ -9,28 +9,28 @@ an interval, `mean ± margin` (see `noise.interval`).
     interval and band apart                exceeded on the better side, else refuted
 
 Only like is judged with like: structural claims always (build the published model and count it), all others
-only if `as_published`. A scaled replication of three seeds or more tells the direction of a difference or of an
-ordering (`direction agrees`, `opposes`, `unclear`); what has its own figures, or no run, against it is told without
-any measurement; absolute times, memories and powers are not testable here, as their hardware is unknown.
+only if `as_published`. A replication of three seeds or more at another scale tells the direction of a difference or of
+an ordering (see `directions`); what has its own figures, or no run, against it is told without any measurement; what
+no run here can judge, such as an absolute time on unknown hardware, is not testable here.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from vitlab.metrics.statistics import holm
-from vitlab.study import zoo
+from vitlab.study import directions, zoo
 from vitlab.study.claims import get, load, quantity
-from vitlab.study.noise import NOISE, interval, p_value
+from vitlab.study.directions import DIRECTIONS, LEVEL
+from vitlab.study.noise import interval
 from vitlab.utils.checks import is_number
 
-DIRECTIONS = ("direction agrees", "direction opposes", "direction unclear")
 CONTRADICTED, NO_RUN = "contradicted by its own data", "no run behind it"
 JUDGED = ("confirmed", "exceeded", "within noise", "refuted", *DIRECTIONS, CONTRADICTED, NO_RUN)
 STATUSES = (*JUDGED, "not testable here", "pending")
-SEEDS = 3  # from so many on a scaled replication tells a direction
+SEEDS = directions.SEEDS  # a notebook times in as many rounds
+HARDWARE = "the hardware behind the published figure is not known"  # why a claim is never judged, unless it says why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ class Verdict:
     std: float | None = None  # of the sample (n - 1)
     margin: float | None = None  # half the interval around the mean
     differences: tuple = ()  # to the model that the claim's is set beside, one a seed
-    p: float | None = None  # of the direction: of there being no difference
+    in_turns: bool = False  # both models of a relative speed were timed in turns in one run
+    direction: str = ""  # one of DIRECTIONS, where the values tell one
+    p: float | None = None  # of the direction: of what it was tested against
     as_published: bool = False
     why: str = ""  # what is not as published, as it was given
     reason: str = ""  # all there is to say of the status
@@ -75,43 +77,6 @@ def _compare(claim, mean, margin):
     return "exceeded" if better else "refuted"
 
 
-def _noise(claim):
-    """Standard deviation of one run's figure in the claim's unit; what is relative has that of two runs."""
-    noise = NOISE[claim.kind]
-    if claim.kind != "accuracy":
-        noise *= claim.scale
-    elif claim.unit == "%" and claim.derived_from:  # points, as a share of the baseline's
-        noise *= 100 / get(claim.derived_from[1]).value
-    return noise * (math.sqrt(2) if claim.against else 1.0)
-
-
-def _direction(claim, values, apart):
-    """(status, words, p) of a scaled replication, or (None, words, None) where it tells none.
-
-    A difference that was claimed to be none agrees if its whole interval is within the claim's tolerance.
-    """
-    if isinstance(claim.value, bool) and len(values) >= SEEDS:
-        return DIRECTIONS[0 if all(values) else 1 if not any(values) else 2], "", None
-    none = 1.0 if claim.unit == "x" else 0.0  # the value of a relative figure that says "no difference"
-    if claim.against and claim.kind != "structural":
-        found, claimed, noise = [v - none for v in values], claim.value - none, _noise(claim)
-    elif claim.beside:
-        found, claimed = apart, claim.value - get(f"{claim.project}/{claim.beside}/{claim.metric}").value
-        noise = _noise(claim) * math.sqrt(2)
-    else:
-        return None, "", None
-    if len(found) < SEEDS:
-        return None, f"a direction takes {SEEDS} seeds" if found else "", None
-    mean, _, margin = interval(found, noise)
-    unit = "points" if claim.beside else claim.unit
-    words = f"scaled down, {mean + none:+.2f} ± {margin:.2f} {unit} (95 %, n = {len(found)})"
-    if abs(claimed) <= claim.rounding:
-        agrees, opposes = abs(mean) + margin <= claim.slack, abs(mean) > margin
-    else:
-        agrees, opposes = (mean * math.copysign(1, claimed * sign) > margin for sign in (1, -1))
-    return DIRECTIONS[0 if agrees else 1 if opposes else 2], words, p_value(found, noise)
-
-
 def _own(claim):
     """(whether the project's own figures contradict the claim, what they give in words)."""
     if not claim.own:
@@ -124,7 +89,7 @@ def _own(claim):
     words = f"its own figures, {above.text} and {below.text}, give {quantity(value, claim.unit, 2)}"
     if claim.metric == "speed-up":
         limit = mac_limit(get(f"{claim.project}/alpha-{claim.model.rpartition('-')[2]}/tokens").value)
-        apart |= claim.value - claim.slack > limit
+        apart |= claim.value - claim.rounding > limit  # a limit needs no tolerance
         words += f", and by its operations it could be {limit:.2f}x at most"
     return apart, words
 
@@ -140,24 +105,26 @@ def mac_limit(tokens, name="S3/baseline"):
     return len(cost) * cost[0] / sum(cost)
 
 
-def settle(claim, values, *, as_published, why="", differences=()):
+def settle(claim, values, *, as_published, why="", differences=(), in_turns=False):
     """The `Verdict` of measured `values`, one a seed, on a claim (or the id of one).
 
     `values`: a list, in the claim's unit (see `Claim.in_unit`), of numbers, lists of tokens, words such as "O(n)", or
     booleans for a statement; one number or word alone will do; None or []: what can be said without, else pending.
     `as_published`: everything the figure depends on (model, input size, data; for an accuracy also the epochs) is as
     published, else `why` says what is not. Structural claims are judged either way, so their values must come from
-    the published model. `differences`: see the function of that name. ValueError for values of another type.
+    the published model. `differences`, `in_turns`: see `directions.direction`. ValueError for values of another type.
     """
     claim = get(claim) if isinstance(claim, str) else claim
-    values, found, p = _measured(claim, values), {}, None
+    values, found = _measured(claim, values), {}
     if values and claim.numeric:
-        found = dict(zip(("mean", "std", "margin"), interval(values, _noise(claim))))
+        found = dict(zip(("mean", "std", "margin"), interval(values, directions.run_noise(claim, in_turns))))
     given, (contradicted, own) = why, _own(claim)
     like = claim.judged == "always" or (claim.judged == "as published" and as_published)
-    towards, words, p = (None, "", None) if like else _direction(claim, values, differences)
+    towards, words, p = (
+        (None, "", None) if like else directions.direction(claim, values, differences, in_turns=in_turns)
+    )
     if contradicted:
-        status = CONTRADICTED
+        status, towards, p = CONTRADICTED, None, None
     elif values and like and claim.numeric:
         status = _compare(claim, found["mean"], found["margin"])
         if claim.kind == "accuracy" and claim.better == "equal" and status == "refuted" and found["mean"] > claim.value:
@@ -168,14 +135,15 @@ def settle(claim, values, *, as_published, why="", differences=()):
     elif claim.unrun:
         status, words = NO_RUN, f"{towards}: {words}" if towards else words
     elif claim.judged == "never":
-        status, why = "not testable here", "the hardware behind the published figure is not known"
+        more = why if claim.untestable and not values else ""  # what was changed, or not measured, matters to none
+        status, why = "not testable here", "; ".join(w for w in (claim.untestable or HARDWARE, more) if w)
     else:
         status = towards or "pending"
         why = why or ("not measured at the published scale" if values else "")
-    p = p if status in DIRECTIONS else None
     reason = "; ".join(part for part in (own, words, why) if part)
-    return Verdict(claim=claim.id, status=status, values=values, as_published=as_published, why=given,
-                   reason=reason, p=p, differences=tuple(float(d) for d in differences), **found)  # fmt: skip
+    return Verdict(claim=claim.id, status=status, values=values, as_published=as_published, why=given, reason=reason,
+                   differences=tuple(float(d) for d in differences), in_turns=in_turns, direction=towards or "", p=p,
+                   **found)  # fmt: skip
 
 
 def settled(files):
@@ -187,8 +155,8 @@ def settled(files):
     for content, note in files:
         for row in content.get("verdicts", ()):
             why = "; ".join(w for w in (row.get("why", row.get("reason", "")), note) if w)
-            found.append(settle(row["claim"], row["values"], as_published=row["as_published"], why=why,
-                                differences=row.get("differences", ())))  # fmt: skip
+            extra = {"differences": row.get("differences", ()), "in_turns": row.get("in_turns", False)}
+            found.append(settle(row["claim"], row["values"], as_published=row["as_published"], why=why, **extra))
     known = {verdict.claim for verdict in found}
     return controlled([*found, *(settle(c, None, as_published=False) for c in load() if c.id not in known)])
 
@@ -199,10 +167,16 @@ def controlled(verdicts):
     for project in sorted({v.claim[:2] for v in verdicts}):
         family = [i for i, v in enumerate(verdicts) if v.claim[:2] == project and v.p is not None]
         for i, p in zip(family, holm([verdicts[i].p for i in family])):
-            if p > 0.05 and verdicts[i].status in DIRECTIONS[:2]:
-                reason = f"{verdicts[i].reason}; not clear among {len(family)} comparisons (Holm)"
-                verdicts[i] = replace(verdicts[i], status=DIRECTIONS[2], reason=reason)
+            if p > LEVEL and verdicts[i].direction in DIRECTIONS[:2]:
+                verdicts[i] = _unclear(verdicts[i], f"not clear among {len(family)} comparisons (Holm)")
     return verdicts
+
+
+def _unclear(verdict, why):
+    """The verdict with its direction, also where only its reason tells one, called unclear."""
+    reason = f"{verdict.reason.replace(verdict.direction, DIRECTIONS[2], 1)}; {why}"
+    status = DIRECTIONS[2] if verdict.status == verdict.direction else verdict.status
+    return replace(verdict, status=status, direction=DIRECTIONS[2], reason=reason)
 
 
 def _measured_text(claim, verdict):
@@ -213,7 +187,7 @@ def _measured_text(claim, verdict):
         words = {True: "yes", False: "no"} if isinstance(claim.value, bool) else {}
         seen = dict.fromkeys(words.get(v, v) if words else v for v in verdict.values)
         return " / ".join(quantity(v, claim.unit, 0) for v in seen) + runs
-    digits = 0 if all(isinstance(v, int) for v in verdict.values) else max(claim.digits, 1)
+    digits = claim.digits if float(verdict.mean).is_integer() else max(claim.digits, 1)
     number = quantity(verdict.mean, "", digits, "+" if claim.metric.endswith("-change") else "")
     if verdict.std is not None:
         number = f"{number} ± {verdict.std:.{max(digits, 1)}f}"
