@@ -6,8 +6,9 @@ on the data (.item(), nonzero, boolean masks): it would wait for the GPU, and co
 What cannot be rehearsed this way: the backward pass, fused optimisers, autocast (off without a driver); compiled models
 and Triton's kernels (tests/models has the interpreter and a compilation ahead of time); real generators (a stand-in
 whose draws come from nowhere); CUDA's clocks, memory counters and NVML (stand-ins here, NVML's in tests/metrics);
-`accuracy` and all else that ends in numbers of the host; building a model, whose initial draws look at numbers: models
-are built on the CPU and moved. AdaptiveViT asks once a batch for the sizes of its groups, as its docstring says.
+`accuracy` and all else that ends in numbers of the host; cutting, which reads masks there; building a model, whose
+initial draws look at numbers: models are built on the CPU and moved. AdaptiveViT asks once a batch for the sizes of its
+groups, as its docstring says.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 import vitlab
 from vitlab.compress.distill import Distill
 from vitlab.compress.pruning.gates import GatedViT
-from vitlab.compress.sparsify import HeadPenalty, allocate, best_heads, importance, remove_heads, silenced
+from vitlab.compress.sparsify import HeadPenalty, allocate, best_heads, importance, silenced
 from vitlab.compress.tokens.controller import AdaptiveViT
 from vitlab.compress.tokens.merge import ACTIONS
 from vitlab.compress.tokens.reduction import TokenConfig
@@ -189,7 +190,6 @@ def test_heads_are_told_apart_on_the_host_and_silenced_on_the_device(gate):
         assert silenced(model, kept)(images).device.type == "cuda"
         loss, _ = HeadPenalty(0.1)(model.train(), Batch(images, torch.empty(4, 10, device="cuda"), labels, 0))
         assert loss.device.type == "cuda"
-        remove_heads(model, kept)
 
 
 @pytest.mark.parametrize("names", [
