@@ -6,8 +6,9 @@ on the data (.item(), nonzero, boolean masks): it would wait for the GPU, and co
 What cannot be rehearsed this way: the backward pass, fused optimisers, autocast (off without a driver); compiled models
 and Triton's kernels (tests/models has the interpreter and a compilation ahead of time); real generators (a stand-in
 whose draws come from nowhere); CUDA's clocks, memory counters and NVML (stand-ins here, NVML's in tests/metrics);
-`accuracy` and all else that ends in numbers of the host; building a model, whose initial draws look at numbers: models
-are built on the CPU and moved. AdaptiveViT asks once a batch for the sizes of its groups, as its docstring says.
+`accuracy` and all else that ends in numbers of the host; cutting, which reads masks there; building a model, whose
+initial draws look at numbers: models are built on the CPU and moved. AdaptiveViT asks once a batch for the sizes of its
+groups, as its docstring says.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 import vitlab
 from vitlab.compress.distill import Distill
 from vitlab.compress.pruning.gates import GatedViT
+from vitlab.compress.sparsify import HeadPenalty, allocate, best_heads, importance, silenced
 from vitlab.compress.tokens.controller import AdaptiveViT
 from vitlab.compress.tokens.merge import ACTIONS
 from vitlab.compress.tokens.reduction import TokenConfig
@@ -80,6 +82,11 @@ def gated(**options):
     return GatedViT(vit(**options))
 
 
+def sparse(*, k=4, gate="l1", block=1, score="learned", **options):
+    arguments = {"k": k, "gate": gate, "block": block, "score": score}
+    return vit(attention="topk", attention_args=arguments, **options)
+
+
 class Mixes(nn.Module):
     def forward(self, images):
         return images + torch.ones(8).to(torch.float32)
@@ -105,6 +112,7 @@ def test_a_rehearsal_sees_what_goes_wrong(wrong, error, cuda):
 KINDS = {
     **{f"attention {name}": lambda name=name: vit(attention=name) for name in {**ATTENTIONS, **PROVIDERS}},
     **{f"stem {name}": lambda name=name: vit(stem=name) for name in STEMS},
+    "top-k": lambda: sparse(), "top-k of blocks": lambda: sparse(pool="mean", k=8, block=4, gate="hard-concrete"),
     "distilled": lambda: vit(distilled=True), "conv": lambda: vit(**OURS), "head": lambda: vit(head_hidden=16),
     "registers": lambda: vit(registers=2),
     "slim": slim, "slim conv": lambda: slim(**OURS), "gated": gated, "gated conv": lambda: gated(**OURS),
@@ -161,6 +169,27 @@ def test_a_model_that_chooses_by_image_asks_for_the_sizes_of_its_groups_and_noth
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)) as asked:
             model(images)
     assert "bincount" in "".join(str(entry.statement) for entry in asked.traceback)
+
+
+def test_keys_are_shared_out_on_the_host():
+    model = vit()
+    # what stops it is not that two devices meet
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException) as asked:
+        allocate(moved(model), torch.empty(4, 3, 32, 32, device="cuda"), 20)
+    assert "tolist" in "".join(str(entry.statement) for entry in asked.traceback)
+
+
+@pytest.mark.parametrize("gate", ["l1", "hard-concrete"])
+def test_heads_are_told_apart_on_the_host_and_silenced_on_the_device(gate):
+    model = sparse(gate=gate)
+    kept = [torch.tensor([True, False])] * len(model.blocks)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        moved(model)
+        assert {g.device.type for g in [*importance(model), *best_heads(model, count=3)]} == {"cpu"}
+        images, labels = torch.empty(4, 3, 32, 32, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+        assert silenced(model, kept)(images).device.type == "cuda"
+        loss, _ = HeadPenalty(0.1)(model.train(), Batch(images, torch.empty(4, 10, device="cuda"), labels, 0))
+        assert loss.device.type == "cuda"
 
 
 @pytest.mark.parametrize("names", [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitlab.compress import sparsify
-from vitlab.compress.sparsify import HeadPenalty, Progressive, allocate, best_heads, folded, importance, remove_heads
+from vitlab.compress.sparsify import HeadPenalty, Progressive, allocate, best_heads, folded, importance
 from vitlab.data.datasets import Dataset, Split
 from vitlab.metrics.counts import macs as counted
 from vitlab.models import checkpoint
@@ -53,11 +53,12 @@ def test_removed_heads_equal_gates_at_zero(tmp_path, arguments, count):
         model = drawn(built(**arguments), seed)
         kept, images = best_heads(model, count=count), torch.randn(2, 3, 16, 16)
         with torch.no_grad():
-            for block, mask in zip(model.blocks, kept):
-                block.attn.gate[~mask] = 0.0 if block.attn.gated == "l1" else -20.0
-            wanted = model(images)
+            masked = sparsify.silenced(model, kept)
+            assert all((gate[~mask] == 0).all() for gate, mask in zip(importance(masked), kept))
+            wanted = masked(images)
+            assert count == 9 or not torch.allclose(model(images), wanted, atol=1e-3)
             sizes, names = (model.config.macs(), model.config.parameters()), model.config.attention_args
-            remove_heads(model, kept)
+            sparsify.remove_heads(model, kept)
             torch.testing.assert_close(model(images), wanted, atol=1e-5, rtol=1e-5)
             assert [len(g) for g in importance(model)] == [int(mask.sum()) for mask in kept]
             smaller = (model.config.macs(), model.config.parameters())
@@ -71,11 +72,11 @@ def test_removed_heads_equal_gates_at_zero(tmp_path, arguments, count):
 def test_a_block_may_lose_all_its_heads():
     model = drawn(built(k=5))
     images = torch.randn(2, 3, 16, 16)
-    remove_heads(model, [torch.tensor([True, False, True]), torch.zeros(3) > 0, torch.ones(3) > 0])
+    sparsify.remove_heads(model, [torch.tensor([True, False, True]), torch.zeros(3) > 0, torch.ones(3) > 0])
     before = model(images)
     assert [block.attn.heads for block in model.blocks] == [2, 0, 3]
     assert not hasattr(model.blocks[1].attn, "qkv") and model.blocks[1].attn.map(before) is None
-    remove_heads(model, [torch.tensor([False, True]), torch.zeros(0) > 0, torch.ones(3) > 0])
+    sparsify.remove_heads(model, [torch.tensor([False, True]), torch.zeros(0) > 0, torch.ones(3) > 0])
     assert [block.attn.heads for block in model.blocks] == [1, 0, 3]
     model.train()(images).sum().backward()
     assert all((p.grad is not None) == p.requires_grad == (p.numel() > 0) for p in model.parameters())
@@ -111,7 +112,8 @@ def test_bad_counts_and_thresholds_are_named(wrong):
     ("wrong", "message"),
     [({"until": -1}, "until=-1"), ({"until": 1.5}, "until=1.5"), ({"curve": "step"}, "curve='step'"),
      ({"tau": (1.0, 0.0)}, "tau="), ({"tau": (1.0,)}, "tau="), ({"heads": {1: -2}}, "heads="),
-     ({"heads": {-1: 2}}, "heads="), ({"heads": {1: "few"}}, "heads=")],
+     ({"heads": {-1: 2}}, "heads="), ({"heads": {1: "few"}}, "heads="), ({"heads": {1: float("nan")}}, "heads="),
+     ({"heads": {1: True}}, "heads=")],
 )  # fmt: skip
 def test_bad_schedules_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -121,6 +123,25 @@ def test_bad_schedules_are_named(wrong, message):
 def test_a_plain_model_is_refused():
     with pytest.raises(ValueError, match="attention='softmax'"):
         Progressive()(0, ViT(ViTConfig(**SMALL)), History())
+
+
+@pytest.mark.parametrize(("gate", "heads", "message"), [("none", {2: 4}, "gate='none'"), ("l1", {2: 10}, "10 heads")])
+def test_what_a_model_cannot_do_is_said_before_it_trains(gate, heads, message):
+    with pytest.raises(ValueError, match=message):
+        Progressive(heads=heads)(0, built(gate=gate), History())
+
+
+def test_a_hook_serves_one_run_after_the_other_and_no_threshold_stops_a_later_count():
+    hook = Progressive(heads={1: 0.5, 2: 4})
+    for gate in (1.0, 0.1):
+        model = built()
+        with torch.no_grad():
+            model.blocks[0].attn.gate.fill_(gate)
+            model.blocks[1].attn.gate.fill_(0.1)
+            model.blocks[2].attn.gate[:2] = 0.1
+        for epoch in range(3):
+            hook(epoch, model, History())
+        assert [block.attn.heads for block in model.blocks] == [3 * (gate == 1), 0, 1]
 
 
 @pytest.mark.parametrize("curve", sparsify.CURVES)
@@ -148,13 +169,14 @@ def trained(data, *, stop=None, path=None, optimizer="adamw"):
     rng.seed_all(1)
     model = built(k=4, score="learned", gate="hard-concrete")
     hook = Progressive(until=3, curve="linear", heads={1: 6, 3: 2})
-    recipe = Recipe(**{**vars(RECIPE), "optimizer": optimizer})
+    rest = 5e-3 if optimizer == "muon" else None
+    recipe = Recipe(**{**vars(RECIPE), "optimizer": optimizer, "rest_lr": rest})
     history = fit(model, data, recipe, objective=Penalty(0.01), on_epoch=[hook], checkpoint=path, save_every=0,
                   save_within=0, log=None)  # fmt: skip
     return model, history
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("stop", [4, 6, 11, 12, 14])
 def test_stopped_in_the_middle_of_the_schedule_a_run_ends_bit_identical(data, tmp_path, stop, optimizer):
     whole, history = trained(data, optimizer=optimizer)
@@ -167,7 +189,10 @@ def test_stopped_in_the_middle_of_the_schedule_a_run_ends_bit_identical(data, tm
     told = lambda h: [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in h.rows]  # noqa: E731
     assert told(history) == told(resumed)
     alive = [sum(gate is not None for block in row["heads"] for gate in block) for row in history.rows[:-1]]
-    assert alive == [6, 6, 2] and len(history.rows[0]["heads"]) == 3
+    # every removal is seen with the gates that led to it, of the heads that went too
+    assert alive == [9, 6, 6] and len(history.rows[0]["heads"]) == 3
+    assert [sum(map(len, row["kept"])) for row in history.rows[:-1]] == [6, 6, 2]
+    assert all(history.rows[1]["heads"][b][i] is not None for b, ids in enumerate(history.rows[2]["kept"]) for i in ids)
 
 
 def test_the_penalty_is_added_and_told(data):

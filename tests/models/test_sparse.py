@@ -75,13 +75,21 @@ def test_gradients_reach_the_scores_as_finite_differences_say(tau):
 
 
 @pytest.mark.parametrize("arguments", [{"score": "attention"}, {"score": "learned"}, {"block": 8}])
-def test_training_teaches_what_ranks_the_keys(arguments):
-    model = built(k=16, **arguments).train()
-    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
-    for block in model.blocks:
-        assert block.attn.qkv.weight.grad.abs().sum() > 0
+def test_training_teaches_what_ranks_the_keys(arguments, monkeypatch):
+    """Without the way through the scores queries and keys get another gradient, and learned scores none."""
+    images, found = torch.randn(4, 3, 16, 16), []
+    scores = TopKAttention.scores
+    for way in (scores, lambda *given: scores(*given).detach()):
+        monkeypatch.setattr(TopKAttention, "scores", way)
+        model = built(k=16, **arguments).train()
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+        found.append([block.attn for block in model.blocks])
+    for attn, other in zip(*found):
+        ours, theirs = (a.qkv.weight.grad[:48] for a in (attn, other))  # queries and keys
+        assert (ours - theirs).norm() > 0.01 * theirs.norm()
         if arguments.get("score") == "learned":
-            assert (block.attn.rank.grad != 0).all()
+            assert (attn.rank.grad != 0).all() and other.rank.grad is None
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -205,6 +213,11 @@ def test_hard_concrete_gates_follow_their_distribution():
     assert (draws > 0).float().mean(0).sum().item() == pytest.approx(attn.penalty().item(), abs=0.02)
     torch.testing.assert_close(draws.median(0).values, attn.open(), atol=0.03, rtol=0)
     assert torch.equal(attn.open(), attn.open())
+
+
+def test_a_penalty_without_gates_is_refused():
+    with pytest.raises(ValueError, match="gate='none'"):
+        layer(k=8).penalty()
 
 
 @pytest.mark.parametrize("gate", ["l1", "hard-concrete"])

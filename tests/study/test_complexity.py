@@ -10,6 +10,7 @@ import torch
 from vitlab.metrics.counts import macs as counted
 from vitlab.metrics.counts import parameters
 from vitlab.metrics.measure import training_speed
+from vitlab.models.sparse import TopKAttention
 from vitlab.models.vit import ViT
 from vitlab.study import complexity, plots, zoo
 from vitlab.study import linear as linear_study
@@ -82,6 +83,16 @@ def test_sweep_measures_every_arm_at_every_size_and_its_figure_shows_them():
     assert set(complexity.crossovers(rows)["training"]) == {"ripple"}
     figure = plots.scaling(rows, {"forward": {"ripple": 32}})
     assert len(figure.axes) == 4 and len(figure.axes[0].lines) == 3
+
+
+def test_training_is_metered_as_it_is_done(monkeypatch):
+    """Blocks of keys are gathered in eval mode only: learning which to read takes the whole table."""
+    seen, mixed = set(), TopKAttention.mixed
+    monkeypatch.setattr(
+        TopKAttention, "mixed", lambda self, *x: seen.add((self.training, torch.is_grad_enabled())) or mixed(self, *x)
+    )
+    complexity.sweep({"blocks": ("topk", (("k", 8), ("block", 8)))}, [4], dim=8, heads=1, tokens=16, seconds=0)
+    assert seen == {(False, False), (True, True)}
 
 
 def test_sizes_that_take_too_long_are_left_out_and_said():

@@ -37,6 +37,14 @@ def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
     matplotlib.pyplot.close("all")
 
 
+def test_only_patches_without_any_weight_are_black():
+    weights = torch.tensor([[0.0, 1e-6], [0.5, 1.0]])
+    figure = plots.attention(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), {"": weights[None]}, ["cat"])
+    drawn = figure.axes[1].images[0].get_array()[::2, ::2].sum(-1)
+    assert drawn[0, 0] == 0 and 0.2 < drawn[0, 1] < drawn[1, 0] < drawn[1, 1]
+    matplotlib.pyplot.close("all")
+
+
 def test_no_two_of_many_arms_look_the_same():
     look = plots.colours(str(i) for i in range(25))
     assert len(set(look.values())) == 25 and look["3"] == plots.colours(map(str, range(5)))["3"]

@@ -5,6 +5,7 @@
 for a ViT with `attention="topk"` (`vitlab.models.sparse`), which stays one, with `blocks` of fewer heads.
 """
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from vitlab.compress.pruning.gates import L1
 from vitlab.compress.pruning.shape import narrow
 from vitlab.compress.pruning.structured import sliced
 from vitlab.models.sparse import TopKAttention
+from vitlab.utils.checks import is_number
 
 CURVES = {
     "linear": lambda x: x,
@@ -57,6 +59,16 @@ def best_heads(model, *, count=None, threshold=None):
         raise ValueError(f"threshold={threshold!r}: a finite number of at least 0 is needed")
     chosen = flat > threshold if count is None else torch.zeros(len(flat)).index_fill(0, flat.topk(count).indices, 1)
     return chosen.bool().split([len(g) for g in gates])
+
+
+@torch.no_grad()
+def silenced(model, kept):
+    """A copy of `model` in which, in eval mode, gates of heads that are not `kept` ([mask a block]) are exactly 0."""
+    copied = copy.deepcopy(model)
+    for attn, mask in zip(attentions(copied), kept):
+        # so small a logit lies where the hard-concrete gate is clamped to 0
+        attn.gate.masked_fill_(~mask.to(attn.gate.device), -20.0 if attn.gated == "hard-concrete" else 0.0)
+    return copied
 
 
 @torch.no_grad()
@@ -109,7 +121,7 @@ def allocate(model, images, total):
     block gets one beside the prefix tokens.
     """
     _, seen = model.eval()(images, intermediates=True)
-    gains = torch.stack([m.sort(dim=-1, descending=True).values.mean(dim=(0, 1, 2)) for m in seen["attention"]])
+    gains = torch.stack([m.sort(dim=-1, descending=True).values.mean(dim=(0, 1, 2)) for m in seen["attention"]]).cpu()
     least = 1 + model.config.prefix_tokens
     if not least * len(gains) <= total <= gains.numel():
         raise ValueError(f"total={total}: from {least * len(gains)} to {gains.numel()} keys over all blocks are needed")
@@ -125,7 +137,9 @@ class Progressive:
     until: the epoch by which every query reads only the k keys of the config (from all of them before the first; 0:
     at once). curve: of CURVES. tau: temperature of the relaxation at first and from `until` on.
     heads: {epoch: heads left in the whole model} or {epoch: threshold of the gates, a float}: before that epoch the
-    others are removed. Each history row gets `heads`: the gate of every head of every block, None where removed.
+    others are removed; a model with gates is needed. Each history row but the last gets `heads`: the gate of every head
+    of every block as the epoch left it, None where there was none any more; and `kept`: ids of the heads that go on, a
+    list a block. Before epoch 0 the hook starts anew, so that one may serve several runs.
     """
 
     until: int = 0
@@ -144,7 +158,7 @@ class Progressive:
         if len(self.tau) != 2 or not all(0 < t < math.inf for t in self.tau):
             raise ValueError(f"tau={self.tau!r}: two temperatures above 0 are needed")
         for epoch, left in self.heads.items():
-            if isinstance(left, bool) or not isinstance(left, (int, float)) or left < 0 or epoch < 0:
+            if not (is_number(left) and left >= 0) or epoch < 0:
                 raise ValueError(f"heads={self.heads}: {{epoch: heads left, or a threshold}} of at least 0 is needed")
 
     def describe(self):
@@ -158,17 +172,31 @@ class Progressive:
 
     def __call__(self, epoch, model, history):
         self.epoch, carry = epoch, None
-        self.kept = self.kept or [list(range(attn.heads)) for attn in attentions(model)]
+        if epoch == 0:
+            self.start(model)
+        if history.rows:  # before anything is removed: these gates are what the choice is made by
+            gates = [dict(zip(ids, values.tolist())) for ids, values in zip(self.kept, importance(model))]
+            history.rows[-1]["heads"] = [[of.get(i) for i in range(model.config.heads)] for of in gates]
         if epoch in self.heads:
             left = self.heads[epoch]
-            masks = best_heads(model, **{"threshold" if isinstance(left, float) else "count": left})
+            # a threshold may have left fewer than are asked for now
+            by = {"threshold": left} if isinstance(left, float) else {"count": min(left, sum(map(len, self.kept)))}
+            masks = best_heads(model, **by)
             self.kept = [[i for i, on in zip(ids, mask) if on] for ids, mask in zip(self.kept, masks)]
             carry = remove_heads(model, masks)
         if history.rows:
-            gates = [dict(zip(ids, values.tolist())) for ids, values in zip(self.kept, importance(model))]
-            history.rows[-1]["heads"] = [[of.get(i) for i in range(model.config.heads)] for of in gates]
+            history.rows[-1]["kept"] = self.kept
         self.set_k(model)
         return carry
+
+    def start(self, model):
+        """All heads are there; ValueError, before anything is trained, where they cannot be taken away as told."""
+        found = attentions(model)
+        self.kept, total = [list(range(attn.heads)) for attn in found], sum(attn.heads for attn in found)
+        if self.heads and any(attn.gate is None for attn in found):
+            raise ValueError(f"heads={self.heads}: gate='none' tells no head from another; choose another gate")
+        if (most := max((left for left in self.heads.values() if isinstance(left, int)), default=0)) > total:
+            raise ValueError(f"heads={self.heads}: {most} heads cannot be left of the {total} that there are")
 
     def restore(self, model):
         """Make a new `model` what it was when the run was stopped; its weights are still to be read."""

@@ -139,7 +139,9 @@ class TopKAttention(Attention):
 
     def penalty(self):
         """What a penalty on heads adds up (0-d): |gate|, or the probability that a hard-concrete gate is not zero
-        (Louizos et al. 2018, eq. 12)."""
+        (Louizos et al. 2018, eq. 12). ValueError without gates."""
+        if self.gate is None:
+            raise ValueError(f"gate='none': a penalty on heads needs gates; choose {' or '.join(GATES[1:])}")
         if self.gated != "hard-concrete":
             return self.gate.abs().sum()
         low, high = STRETCH

@@ -79,9 +79,12 @@ def metered(functions, inputs, *, seconds, dtype=None, skip=()):
 
     A row holds arm, pass ("training" has the gradients of inputs and weights), n, images, ms (an image), ms_q25,
     ms_q75, peak_mb (an image, what the pass allocates; 1 MB is 1e6 bytes). skip: pairs (arm, pass) to leave out.
+    Modules are put into the mode of the pass: top-k attention reads its blocks another way than it learns them.
     """
     rows, device, (images, *_, n, _) = [], inputs[0].device, inputs[0].shape
     for kind in PASSES:
+        for module in (f for f in functions.values() if isinstance(f, torch.nn.Module)):
+            module.train(kind == "training")
         calls = {name: training_step(f, *inputs, inputs=True) if kind == "training" else partial(f, *inputs)
                  for name, f in functions.items() if (name, kind) not in skip}  # fmt: skip
         timed = compare(calls, device=device, dtype=dtype, warmup=1, seconds=seconds, min_runs=3) if calls else {}
@@ -108,7 +111,7 @@ def sweep(arms, sides, *, dim, heads, tokens=None, seconds=0.1, limit=60.0, devi
                 for name, (a, k) in arms.items()}  # fmt: skip
         generator = torch.Generator().manual_seed(n)
         x = torch.randn(max(1, tokens // n), n, dim, generator=generator).to(device)
-        layers = {name: attend.to(device).eval() for name, (attend, _) in made.items()}
+        layers = {name: attend.to(device) for name, (attend, _) in made.items()}
         for row in metered(layers, [x], seconds=seconds, dtype=dtype, skip=skip):
             name, kind = row["arm"], row["pass"]
             rows.append(row | {"side": side, "macs": made[name][1]})

@@ -257,14 +257,17 @@ def fields(found, *, patch):
 
 
 def attention(images, maps, titles):
-    """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top."""
+    """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top.
+
+    Black is a weight of exactly 0; the smallest other one shows the image in dark violet.
+    """
     grey = images.cpu().float().mean(1, keepdim=True)
     low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
     sheet = [*images]
     for found in maps.values():
         large = F.interpolate(found[:, None].float().cpu(), images.shape[-2:])[:, 0]
-        laid = torch.from_numpy(plt.get_cmap("magma")(large.numpy())[..., :3]).movedim(-1, 1)
-        sheet += [*(0.6 * laid + 0.4 * (grey - low) / (high - low).clamp_min(1e-6))]
+        laid = torch.from_numpy(plt.get_cmap("magma")(0.2 + 0.8 * large.numpy())[..., :3]).movedim(-1, 1)
+        sheet += [*((0.6 * laid + 0.4 * (grey - low) / (high - low).clamp_min(1e-6)) * (large > 0)[:, None])]
     return pictures(sheet, ["image", *maps], titles, columns=len(images), size=WIDTH / len(images))
 
 
