@@ -91,17 +91,23 @@ def test_step_by_step_ends_at_the_budget_with_the_epochs_divided(study, data, ba
     dense = pruned.cut(base, {}, "dense", "dense")
     target = 0.75 * shape_of(dense.model).macs()
     arm, steps = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
-                                     rounds=2, images=32, multiple=1)  # fmt: skip
+                                     criterion="taylor", rounds=2, images=32, multiple=1)  # fmt: skip
     assert [len(a.history) for a in steps] == [1, 2] and arm.model is steps[-1].model and arm.key == steps[-1].key
     assert arm.history.seconds == pytest.approx(sum(a.history.seconds for a in steps)), "the time of all rounds"
+    assert arm.spec.recipe.epochs == 3, "its row tells the epochs of all rounds"
     assert 0.9 * target < shape_of(arm.model).macs() <= target
     assert shape_of(steps[0].model).macs() > shape_of(arm.model).macs() and not arm.model.training
     again, found = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
-                                   rounds=2, images=32, multiple=1)  # fmt: skip
+                                       criterion="taylor", rounds=2, images=32, multiple=1)  # fmt: skip
     assert again.key == arm.key and [a.history.resumed for a in found] == [1, 2], "both rounds were found finished"
     assert all(torch.equal(v, arm.model.state_dict()[k]) for k, v in again.model.state_dict().items())
+    by_chance, _ = pruned.step_by_step(study, dense, data, {"epochs": 1}, "steps", "steps", macs=target,
+                                       criterion="random", rounds=1, images=32, multiple=1)  # fmt: skip
+    expected = select(shape_of(dense.model), score(dense.model, "random"), macs=int(target), multiple=1)
+    assert by_chance.spec.config == slim(dense.model, expected).config, "the criterion that was asked for"
     with pytest.raises(ValueError, match="rounds=4"):
-        pruned.step_by_step(study, dense, data, {"epochs": 3}, "", "", macs=target, rounds=4, images=32)
+        pruned.step_by_step(study, dense, data, {"epochs": 3}, "", "", criterion="taylor", macs=target, rounds=4,
+                            images=32)  # fmt: skip
 
 
 def test_sweep_holds_the_budget_for_every_criterion(data, base):

@@ -53,23 +53,25 @@ def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, cha
     return study.arm(spec, data, arm.seed, start=arm, objective=objective, name=name)
 
 
-def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
+def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, rounds, images, multiple=8, kinds=KINDS):
     """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided.
 
-    The history of the Arm is that of all rounds, so that its time is what it took.
+    The history and the epochs of the Arm are those of all rounds, so that its time is what it took.
     """
     start, steps, epochs = shape_of(arm.model).macs(), [], recipe["epochs"]
     if not 1 <= rounds <= epochs:
         raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
     for i in range(rounds):
         target = int(start * (macs / start) ** ((i + 1) / rounds))
-        scores = scored(arm, data, "taylor", images=images, kinds=kinds)
+        scores = scored(arm, data, criterion, images=images, kinds=kinds)
         masks = select(shape_of(arm.model), scores, macs=target, multiple=multiple)
         part = epochs * (i + 1) // rounds - epochs * i // rounds
         label = name if i + 1 == rounds else f"{name} round {i + 1}"
         arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part}, label, title)
         steps.append(arm)
-    return dataclasses.replace(arm, history=History([row for step in steps for row in step.history.rows])), steps
+    history = History([row for step in steps for row in step.history.rows])
+    spec = dataclasses.replace(arm.spec, recipe=dataclasses.replace(arm.spec.recipe, epochs=epochs))
+    return dataclasses.replace(arm, history=history, spec=spec), steps
 
 
 def same(first, second, data, *, images=256, tolerance=1e-4):
