@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import matplotlib
 import pandas as pd
@@ -154,6 +155,15 @@ def test_relative_is_to_the_same_seed_and_keeps_what_is_missing():
                          "power_w": [None] * 4})  # fmt: skip
     found = pruned.relative(rows, ["x", "power_w"], "a")
     assert found.x.tolist() == [0, 0, -50, 50] and found.power_w.isna().all()
+
+
+@pytest.mark.parametrize(("epochs", "teacher", "words"), [
+    ((3.0, 5.0, 0.01), (-1.0, 1.0, 0.9), "was the epochs"), ((-1.0, 1.0, 0.9), (3.0, 5.0, 0.01), "was not the epochs"),
+    ((-5.0, -3.0, 0.01), (-9.0, -7.0, 0.01), "cannot be told"), ((0.2, 2.0, 0.2), (-2.0, 0.1, 1.0), "cannot be told"),
+    ((3.0, 5.0, 0.01), (2.0, 4.0, 0.01), "cannot be told")])  # fmt: skip
+def test_distillation_is_credited_with_what_is_clear_only(epochs, teacher, words):
+    lines = (SimpleNamespace(**dict(zip(("low", "high", "p"), line))) for line in (epochs, teacher))
+    assert words in pruned.credit(*lines)
 
 
 def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, base):

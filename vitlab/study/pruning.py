@@ -159,6 +159,18 @@ def relative(rows, columns, base):
     return pd.concat([rows[["arm", "seed"]], 100 * (rows[columns].astype(float) / below - 1)], axis=1)
 
 
+def credit(epochs, teacher):
+    """Whether what distillation was credited with was the epochs that came along, in words.
+
+    epochs, teacher: what each brought, lines (low, high, p) of `comparisons.compared`. Only what is clearly above zero,
+    and above all that the other may have brought, is called most of it.
+    """
+    for more, less, words in ((epochs, teacher, "was"), (teacher, epochs, "was not")):
+        if more.p <= 0.05 and more.low > max(0.0, less.high):
+            return f"Most of what was credited to distillation {words} the epochs."
+    return "How much of what was credited to distillation was the epochs cannot be told from these runs."
+
+
 def published_export(arm, masks):
     """The slim model as the published export makes it: gates forgotten, channels dealt out evenly to the heads.
 
