@@ -109,6 +109,8 @@ def main():
     options = parser.parse_args()
     if options.worker:
         return worker(options.seconds)
+    from record import record  # notes the load now; a worker loads torch only once it has said how to wait
+
     found = {setting: [] for setting in SETTINGS}
     load = f", load before {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     cores = f"{threads.physical_cores()} cores, {os.cpu_count()} logical CPUs{load}"
@@ -122,8 +124,6 @@ def main():
     verdict = f"Goal for vitlab's settings: at most {GOAL} times; {'met' if cost <= GOAL else 'missed'}."
     print(verdict)
     if options.record:
-        from record import record  # loads torch, before which a worker says how to wait
-
         record("neighbour", rows, verdict, runs=found, goal=GOAL)
 
 
