@@ -169,7 +169,7 @@ def test_what_is_measured_after_side_by_side_training_gets_all_cores_again(monke
         return ""
 
     monkeypatch.setattr(commands.threads, "choose", choose)
-    monkeypatch.setattr(commands.runner, "run", lambda *_, alone: alone() or [])
+    monkeypatch.setattr(commands.runner, "run", lambda *_, alone: [alone()][:0])
     monkeypatch.setattr(commands.runner, "summary", lambda *_: "")
     monkeypatch.setattr(commands.signal, "signal", lambda *_: None)
     assert cli.main(["run", "--preset", "tiny", "--jobs", "2"]) == 0
