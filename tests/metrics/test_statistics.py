@@ -7,7 +7,14 @@ import torch
 from scipy import stats
 
 from vitlab.metrics.predict import kl_divergence
-from vitlab.metrics.statistics import Difference, holm, paired_difference, seed_difference, t_interval
+from vitlab.metrics.statistics import (
+    Difference,
+    holm,
+    paired_difference,
+    paired_seeds,
+    seed_difference,
+    t_interval,
+)
 
 
 def pair(both, only_a, only_b, neither):
@@ -67,6 +74,32 @@ def test_intervals_over_seeds_are_scipys():
     assert seed_difference([1, 2], [1, 2]).p == 1 and seed_difference([2, 3], [1, 2]).p == 0
 
 
+def test_seeds_on_the_same_images_cover_the_truth_as_often_as_they_say():
+    """Two methods that are alike but for chance: of the images, of the seeds, and of each seed on each image."""
+    draw, inside = torch.Generator().manual_seed(2), {0.02: 0, 0.2: 0}
+    for spread in inside:
+        for _ in range(300):
+            hard, taste = torch.randn(400, generator=draw), 0.3 * torch.randn(2, 400, generator=draw)
+            seeds, own = spread * torch.randn(2, 3, 1, generator=draw), 0.3 * torch.randn(2, 3, 400, generator=draw)
+            found = paired_seeds(*(hard + taste[:, None] + seeds + own > -1))
+            inside[spread] += found.low <= 0 <= found.high
+    assert all(0.93 <= n / 300 <= 0.995 for n in inside.values()), inside
+
+
+def test_images_count_where_the_seeds_agree():
+    """Three equal changes are no proof, and 10,000 images with seeds that differ little are one."""
+    a, b = pair(8000, 60, 30, 1910)
+    same, one = paired_seeds([a] * 3, [b] * 3), paired_difference(a, b)
+    assert (same.points, same.low, same.high) == pytest.approx((one.points, one.low, one.high), abs=0.01)
+    assert same.p == pytest.approx(one.p, abs=0.002)
+    shifted = [pair(8000, 60 + k, 30, 1910 - k) for k in (-3, 0, 3)]
+    found = paired_seeds(*zip(*shifted))
+    over_seeds = seed_difference(*([100 * r.double().mean().item() for r in each] for each in zip(*shifted)))
+    assert found.clear and found.low < over_seeds.low < found.points < over_seeds.high < found.high
+    alike = paired_seeds([a] * 3, [a] * 3)
+    assert alike.p == 1 and alike.low < 0 < alike.high
+
+
 def test_holm_worked_out_by_hand():
     # sorted: 0.005 * 4, 0.01 * 3, 0.03 * 2, 0.04 * 1, never falling
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -76,5 +109,8 @@ def test_holm_worked_out_by_hand():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="same images for both, not 2 and 3"):
         paired_difference([True, False], [True, False, True])
+    for one, other in (([[True]], [[True]]), ([[True, False]] * 2, [[True]] * 2)):
+        with pytest.raises(ValueError, match="two seeds or more on the same images"):
+            paired_seeds(one, other)
     with pytest.raises(ValueError, match="at least two, not 1"):
         t_interval([90.0])

@@ -176,6 +176,15 @@ def test_hydra_branches_share_keys_and_values():
     torch.testing.assert_close(attn(x), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_the_softmax_control_trains_in_bfloat16_like_softmax_attention(monkeypatch):
+    """On a CPU its products are written out, as the fused function's backward pass is slow there."""
+    attention, config = build("ripple", product="softmax")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(tokens(config)).sum().backward()
+    assert attention.qkv.weight.grad.abs().sum() > 0
+
+
 def test_the_softmax_control_differs_in_the_product_alone():
     """Of plain linear attention nothing but softmax is left; the others keep their convolutions, keys and branches."""
     soft, config = build("linear", product="softmax")

@@ -46,7 +46,8 @@ def test_tensorboard_gets_loss_accuracy_and_learning_rate(trained):
 def test_evaluate_writes_what_it_prints(trained, tmp_path, capsys):
     assert cli.main(["evaluate", "--checkpoint", str(trained), "--out", str(tmp_path / "new"), "--device", "cpu"]) == 0
     result = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert f"top-1 {result['top1']:.2f} %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"top-1 {result['top1']:.2f} %" in out and out.startswith("threads: "), "it says how many it computes with"
     assert len(result["per_class"]) == 10 and sum(map(sum, result["confusion"])) == result["n"] == 500
     hits = sum(row[i] for i, row in enumerate(result["confusion"]))
     assert result["top1"] == pytest.approx(100 * hits / 500) and result["device"]
@@ -153,3 +154,23 @@ def test_no_kernels_reaches_the_model(tmp_path, capsys):
     assert cli.main(["train", *SMALL, *given]) == 0
     assert "kernels are switched off" in capsys.readouterr().out
     assert dict(checkpoint.load(path).config.attention_args) == {"branches": 2, "kernels": "off"}
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_what_is_measured_after_side_by_side_training_gets_all_cores_again(monkeypatch, given):
+    asked = []
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def choose(jobs=1):
+        asked.append((jobs, os.environ.get("OMP_NUM_THREADS")))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        return ""
+
+    monkeypatch.setattr(commands.threads, "choose", choose)
+    monkeypatch.setattr(commands.runner, "run", lambda *_, alone: [alone()][:0])
+    monkeypatch.setattr(commands.runner, "summary", lambda *_: "")
+    monkeypatch.setattr(commands.signal, "signal", lambda *_: None)
+    assert cli.main(["run", "--preset", "tiny", "--jobs", "2"]) == 0
+    assert asked == [(2, given)] + [(1, None)] * (given is None), "what the user has set stays"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import matplotlib
 import pandas as pd
@@ -92,17 +93,23 @@ def test_step_by_step_ends_at_the_budget_with_the_epochs_divided(study, data, ba
     dense = pruned.cut(base, {}, "dense", "dense")
     target = 0.75 * shape_of(dense.model).macs()
     arm, steps = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
-                                     rounds=2, images=32, multiple=1)  # fmt: skip
+                                     criterion="taylor", rounds=2, images=32, multiple=1)  # fmt: skip
     assert [len(a.history) for a in steps] == [1, 2] and arm.model is steps[-1].model and arm.key == steps[-1].key
     assert arm.history.seconds == pytest.approx(sum(a.history.seconds for a in steps)), "the time of all rounds"
+    assert arm.spec.recipe.epochs == 3, "its row tells the epochs of all rounds"
     assert 0.9 * target < shape_of(arm.model).macs() <= target
     assert shape_of(steps[0].model).macs() > shape_of(arm.model).macs() and not arm.model.training
     again, found = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,
-                                   rounds=2, images=32, multiple=1)  # fmt: skip
+                                       criterion="taylor", rounds=2, images=32, multiple=1)  # fmt: skip
     assert again.key == arm.key and [a.history.resumed for a in found] == [1, 2], "both rounds were found finished"
     assert all(torch.equal(v, arm.model.state_dict()[k]) for k, v in again.model.state_dict().items())
+    by_chance, _ = pruned.step_by_step(study, dense, data, {"epochs": 1}, "steps", "steps", macs=target,
+                                       criterion="random", rounds=1, images=32, multiple=1)  # fmt: skip
+    expected = select(shape_of(dense.model), score(dense.model, "random"), macs=int(target), multiple=1)
+    assert by_chance.spec.config == slim(dense.model, expected).config, "the criterion that was asked for"
     with pytest.raises(ValueError, match="rounds=4"):
-        pruned.step_by_step(study, dense, data, {"epochs": 3}, "", "", macs=target, rounds=4, images=32)
+        pruned.step_by_step(study, dense, data, {"epochs": 3}, "", "", criterion="taylor", macs=target, rounds=4,
+                            images=32)  # fmt: skip
 
 
 def test_sweep_holds_the_budget_for_every_criterion(data, base):
@@ -149,6 +156,15 @@ def test_relative_is_to_the_same_seed_and_keeps_what_is_missing():
                          "power_w": [None] * 4})  # fmt: skip
     found = pruned.relative(rows, ["x", "power_w"], "a")
     assert found.x.tolist() == [0, 0, -50, 50] and found.power_w.isna().all()
+
+
+@pytest.mark.parametrize(("epochs", "teacher", "words"), [
+    ((3.0, 5.0, 0.01), (-1.0, 1.0, 0.9), "was the epochs"), ((-1.0, 1.0, 0.9), (3.0, 5.0, 0.01), "was not the epochs"),
+    ((-5.0, -3.0, 0.01), (-9.0, -7.0, 0.01), "cannot be told"), ((0.2, 2.0, 0.2), (-2.0, 0.1, 1.0), "cannot be told"),
+    ((3.0, 5.0, 0.01), (2.0, 4.0, 0.01), "cannot be told")])  # fmt: skip
+def test_distillation_is_credited_with_what_is_clear_only(epochs, teacher, words):
+    lines = (SimpleNamespace(**dict(zip(("low", "high", "p"), line))) for line in (epochs, teacher))
+    assert words in pruned.credit(*lines)
 
 
 def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, base):

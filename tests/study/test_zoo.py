@@ -2,15 +2,20 @@
 
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from vitlab.compress.pruning.gates import GatedConfig
+from vitlab.metrics import measure
 from vitlab.models.resnet import ResNetConfig
 from vitlab.models.vit import ViT
 from vitlab.study import zoo
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_changes_are_listed_against_the_published_and_unknown_ones_refused():
@@ -50,3 +55,12 @@ def test_the_number_of_classes_is_the_datas_also_within_a_wrapper():
     for spec in (zoo.get("ours"), gated):
         fitted = zoo.fitted(spec, SimpleNamespace(num_classes=7))
         assert fitted.config.num_classes == 7 and fitted.changes == ()
+
+
+def test_our_model_of_the_laptop_keeps_to_its_size_and_is_a_transformer():
+    changes = yaml.safe_load((ROOT / "presets" / "cpu.yaml").read_text())["01_baseline"]["changes"]["ours"]
+    model = zoo.scaled("ours", changes).config.build().eval()
+    parts = measure.macs_by_part(model, (3, 32, 32))
+    assert measure.parameters(model) <= 1e6 and sum(parts.values()) <= 80e6
+    stem = parts.get("stem", 0) + parts.get("head", 0) + parts.get("other", 0)
+    assert sum(parts.values()) - stem > sum(parts.values()) / 2, "attention and MLP are more than half of the work"

@@ -71,6 +71,30 @@ def seed_difference(a, b):
     return Difference(middle, middle - half, middle + half, p)
 
 
+def paired_seeds(right_a, right_b):
+    """Accuracy of a minus that of b over several seeds that were judged on the same images, as a Difference.
+
+    right_a, right_b: a bool tensor N a seed, which images were judged rightly. Two things move the mean of the
+    differences d: the seeds, by s^2(their means) / seeds, and the images, by the variance over images of d's mean over
+    the seeds, / N (after adding the two images of Wald+2, on which a and b disagree once each way; see
+    `paired_difference`). Their sum counts twice what a seed does to single images, which errs on the safe side. The
+    interval is Student's t, with the degrees of freedom of Welch and Satterthwaite. ValueError: fewer than two seeds,
+    other images.
+    """
+    a, b = (torch.stack([torch.as_tensor(r).flatten().cpu() for r in each]).double() for each in (right_a, right_b))
+    if a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"two seeds or more on the same images are needed, not {tuple(a.shape)} and {tuple(b.shape)}")
+    apart, (seeds, n) = a - b, a.shape
+    middle, each = apart.mean().item(), apart.mean(0)
+    of_seeds = apart.mean(1).var().item() / seeds
+    of_images = ((each - middle).square().sum().item() + 1) / (n + 2) ** 2
+    error = math.sqrt(of_seeds + of_images)
+    freedom = error**4 / (of_seeds**2 / (seeds - 1) + of_images**2 / (n + 1))
+    half = float(stdtrit(freedom, 0.975)) * error
+    p = float(2 * stdtr(freedom, -abs(middle) / error))
+    return Difference(100 * middle, 100 * (middle - half), 100 * (middle + half), p)
+
+
 def holm(p_values):
     """p-values of several comparisons adjusted for their number (Holm 1979), in the given order.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.models.attention import ATTENTIONS
+from vitlab.models.attention import ATTENTIONS, attend
 from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
 from vitlab.models.kernels.linear import macs as product_macs
 from vitlab.utils.checks import is_number
@@ -54,7 +54,7 @@ class LinearAttention(nn.Module):
             return linear_attention(qkv, extra, phi=self.phi, eps=self.eps, kernels=self.kernels)
         q = qkv[:, :, :-2].permute(0, 3, 2, 1, 4)  # B heads R N head_dim
         k, v = (x.transpose(1, 2) for x in keys_values(qkv, extra))  # B heads M head_dim
-        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v)
+        y = attend(q.flatten(2, 3), k, v)
         return y.unflatten(2, q.shape[2:4]).permute(0, 3, 2, 1, 4)
 
     def image(self, qkv, slots=1):

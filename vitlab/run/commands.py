@@ -42,12 +42,14 @@ def run(options):
             raise ValueError("--slurm goes with neither --fresh nor --jobs: every seed of every notebook is a task")
         print(slurm.submit(project, jobs, options.slurm, [*options.words, f"--preset={preset}"]))
         return 0
+    own = "OMP_NUM_THREADS" in os.environ
     print(threads.choose(options.jobs), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if task:
             return runner.exit_code([runner.run_part(project, jobs, int(task), options.budget)])
-        outcomes = runner.run(project, jobs, options.resume, options.budget, options.jobs)
+        outcomes = runner.run(project, jobs, options.resume, options.budget, options.jobs,
+                              alone=lambda: own or print(_all_threads(), flush=True))  # fmt: skip
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED_CODE
@@ -55,6 +57,12 @@ def run(options):
     if (code := runner.exit_code(outcomes)) == BUDGET_CODE:
         print("\nThe budget is spent; the same command, without --fresh, goes on from here.", flush=True)
     return code
+
+
+def _all_threads():
+    """Choose the number of threads anew, among all cores: what was chosen was a job's share of them."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    return threads.choose()
 
 
 def listing(project):
@@ -144,6 +152,7 @@ def export(options):
     """Write a checkpoint in the formats asked for, check them, and time them."""
     from vitlab.run import export
 
+    print(threads.choose(), flush=True)
     return export.export(options)
 
 
@@ -152,6 +161,7 @@ def evaluate(options):
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; give the name of a folder")
     device = _device(options.device)
+    print(threads.choose(), flush=True)
     name = options.dataset or checkpoint.read(options.checkpoint).about.get("dataset")
     if not name:
         raise ValueError(f"{options.checkpoint} does not tell what it was trained on: give --dataset")
@@ -182,6 +192,7 @@ def measure(options):
     if options.out and options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder; give the name of a file")
     device = _device(options.device)
+    print(threads.choose(), flush=True)
     if options.timm:
         data = datasets.load(options.dataset, on_error=options.on_error) if options.dataset else None
         classes = {"num_classes": data.num_classes} if data else {}

@@ -137,19 +137,20 @@ def standing(project, job):
 
 # ----------------------------------------------------------------------------------------------- run
 
-def run(project, jobs, resume=True, budget=math.inf, width=1):
+def run(project, jobs, resume=True, budget=math.inf, width=1, alone=lambda: None):
     """Run `jobs`; [Outcome] in their order. A failed one does not stop the others.
 
     budget: seconds for all of them. Training stops between epochs as they end (its notebook is "paused"),
     nothing starts after them, and a cell that goes on regardless is interrupted.
     resume=False runs what is up to date too, and retrains its arms.
     width: so many kernels train side by side, one for each seed of each notebook. Then every notebook runs as a whole
-    and alone, finds its arms trained and measures them undisturbed.
+    and alone, finds its arms trained and measures them undisturbed; `alone` is called before.
     """
     terms, outcomes = Terms.from_now(not resume, budget, width), []
     if width > 1:
         _side_by_side(project, parts(j for j in jobs if not resume or standing(project, j) != SKIPPED), terms)
         terms = dataclasses.replace(terms, width=1, fresh=False)
+        alone()
     for position, job in enumerate(jobs, 1):
         stem, state = job.notebook.stem, standing(project, job)
         if resume and state == SKIPPED:

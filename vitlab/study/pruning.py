@@ -53,23 +53,25 @@ def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, cha
     return study.arm(spec, data, arm.seed, start=arm, objective=objective, name=name)
 
 
-def step_by_step(study, arm, data, recipe, name, title, *, macs, rounds, images, multiple=8, kinds=KINDS):
+def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, rounds, images, multiple=8, kinds=KINDS):
     """Prune a little, train on, again, down to `macs`: (Arm, Arms of the rounds). Epochs are divided.
 
-    The history of the Arm is that of all rounds, so that its time is what it took.
+    The history and the epochs of the Arm are those of all rounds, so that its time is what it took.
     """
     start, steps, epochs = shape_of(arm.model).macs(), [], recipe["epochs"]
     if not 1 <= rounds <= epochs:
         raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
     for i in range(rounds):
         target = int(start * (macs / start) ** ((i + 1) / rounds))
-        scores = scored(arm, data, "taylor", images=images, kinds=kinds)
+        scores = scored(arm, data, criterion, images=images, kinds=kinds)
         masks = select(shape_of(arm.model), scores, macs=target, multiple=multiple)
         part = epochs * (i + 1) // rounds - epochs * i // rounds
         label = name if i + 1 == rounds else f"{name} round {i + 1}"
         arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part}, label, title)
         steps.append(arm)
-    return dataclasses.replace(arm, history=History([row for step in steps for row in step.history.rows])), steps
+    history = History([row for step in steps for row in step.history.rows])
+    spec = dataclasses.replace(arm.spec, recipe=dataclasses.replace(arm.spec.recipe, epochs=epochs))
+    return dataclasses.replace(arm, history=history, spec=spec), steps
 
 
 def same(first, second, data, *, images=256, tolerance=1e-4):
@@ -155,6 +157,18 @@ def relative(rows, columns, base):
     """Change of `columns` in % of the arm `base` of the same seed; a DataFrame with arm and seed, gaps kept."""
     below = rows[rows.arm == base].set_index("seed").loc[rows.seed, columns].astype(float).to_numpy()
     return pd.concat([rows[["arm", "seed"]], 100 * (rows[columns].astype(float) / below - 1)], axis=1)
+
+
+def credit(epochs, teacher):
+    """Whether what distillation was credited with was the epochs that came along, in words.
+
+    epochs, teacher: what each brought, lines (low, high, p) of `comparisons.compared`. Only what is clearly above zero,
+    and above all that the other may have brought, is called most of it.
+    """
+    for more, less, words in ((epochs, teacher, "was"), (teacher, epochs, "was not")):
+        if more.p <= 0.05 and more.low > max(0.0, less.high):
+            return f"Most of what was credited to distillation {words} the epochs."
+    return "How much of what was credited to distillation was the epochs cannot be told from these runs."
 
 
 def published_export(arm, masks):

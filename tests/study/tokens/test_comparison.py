@@ -61,10 +61,22 @@ def test_paired_rows_are_differences_on_the_same_images(evaluator):
     assert rows.p.tolist() == holm(alone)
     against = tc.paired([evaluator], configs, against="b")
     assert list(against.index) == ["a"] and against.change["a"] == paired_difference(right["a"], right["b"]).points
+    chain = tc.paired([evaluator], configs, against={"a": "b", "b": "plain"})
+    assert (chain.change["a"], chain.change["b"]) == (against.change["a"], rows.change["b"])
+    assert chain.p.tolist() == holm([paired_difference(right["a"], right["b"]).p, alone[1]])
+    assert [t.endswith("(unclear)") for t in rows.text] == (rows.p > 0.05).tolist(), "by Holm's p, not one interval"
     twice = tc.paired([evaluator, evaluator], {k: c * 2 for k, c in configs.items()})
     assert twice.change.tolist() == pytest.approx(rows.change.tolist())
+    assert (twice.high > twice.low).all(), "equal changes of two seeds still rest on so few images"
     token_plots.intervals({"model": rows}, label="points")
     plt.close("all")
+
+
+def test_scores_that_are_the_same_for_a_model_count_once(evaluator):
+    found, pooled = tc.distinct(evaluator), evaluator.plain.config.pool == "mean"
+    assert len(found) == (7 if pooled else 10) and "cls" in found
+    runs = [evaluator.run(reduce_tokens(evaluator.plain, r_max=0.9, score=s)) for s in ("cls", "received")]
+    assert torch.equal(*runs) == pooled
 
 
 def test_payoff_gives_what_was_asked_for_or_an_empty_row(evaluator, calibration, monkeypatch):

@@ -39,9 +39,9 @@ def test_a_sweep_has_every_setting_and_the_mean_over_seeds(evaluator):
 
 def test_choose_takes_the_cheapest_that_is_allowed_else_the_least_bad():
     rows = pd.DataFrame({"alpha": [1, 2, 3], "change": [-2.0, -0.5, -0.1], "macs": [10, 20, 30]})
-    assert ts.choose(rows, 0.5).alpha == 2
-    assert ts.choose(rows, 5.0).alpha == 1
-    assert ts.choose(rows, 0.0).alpha == 3
+    for allowed, alpha, there_is_one in ((0.5, 2, True), (5.0, 1, True), (0.0, 3, False)):
+        found = ts.choose(rows, allowed)
+        assert (found.alpha, found.allowed) == (alpha, there_is_one)
 
 
 def test_speed_has_the_limit_of_the_closed_form(evaluator):
@@ -57,6 +57,9 @@ def test_adaptive_rows_come_with_a_control_of_the_same_cost(evaluator, tiny):
         assert sum(chosen.used) == 40 and fixed.used is None
         # whole tokens: the control can miss the cost by one step
         assert fixed.macs <= chosen.macs * (1 + 1e-9) and fixed.macs > 0.85 * chosen.macs
+        assert fixed.chosen == f"one for all, at the mean cost {chosen.chosen}"
+        assert chosen.closer == pytest.approx(fixed.kl - chosen.kl, abs=1e-6)
+        assert chosen.low <= chosen.closer <= chosen.high
 
 
 def test_reduced_arms_share_the_weights():
@@ -65,6 +68,8 @@ def test_reduced_arms_share_the_weights():
     fewer = ts.reduced(arm, "fewer", r_max=0.3)
     assert fewer.name == "fewer" and fewer.model.plain is arm.model and fewer.model.tokens[-1] < 17
     assert ts.reduced(fewer, "plain").model is arm.model
+    noted = ts.reduced(arm, "noted", r_max=0.3, changes=("r_max 0.3 instead of 0.6",))
+    assert noted.spec.why.endswith("r_max 0.3 instead of 0.6") and not arm.spec.changes
 
 
 def test_pictures_of_kept_and_merged_patches():

@@ -17,7 +17,7 @@ from vitlab.compress.tokens import search
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import ReducedConfig, TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SCORES
-from vitlab.metrics.statistics import holm, paired_difference, seed_difference
+from vitlab.metrics.statistics import holm, paired_difference, paired_seeds
 from vitlab.study.tokens.evaluation import speed
 from vitlab.utils.device import example
 
@@ -52,6 +52,12 @@ def of_train(evaluator):
     if evaluator.split != "train":
         raise ValueError(f"split={evaluator.split!r}: what a method chooses for itself is chosen on train")
     return evaluator
+
+
+def distinct(evaluator):
+    """The SCORES that differ for this model: where no class token reads, attention given means attention received."""
+    read = reduce_tokens(evaluator.plain).adapter.read
+    return tuple(score for score in SCORES if read or not score.startswith("received"))
 
 
 def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2), merge=SIZE_PRICED, calibration=None,
@@ -130,30 +136,33 @@ def clock(evaluator, batch, *, seconds, **options):
 def paired(evaluators, configs, against="plain"):
     """How methods differ in accuracy on the same images: a row a method, of one or several seeds.
 
-    evaluators: one a seed; configs: {name: a TokenConfig a seed}; against: "plain" or a name, what is compared with.
-    Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval: of the images for one seed,
-    over the seeds for several), p (adjusted for the number of methods, Holm), macs, text (change and interval).
+    evaluators: one a seed; configs: {name: a TokenConfig a seed}; against: "plain" or a name, what is compared with, or
+    {name: another name}.
+    Columns: accuracy, change (points, negative is worse), low and high (its 95 % interval, of the images and, for
+    several, the seeds), p (adjusted for the number of methods, Holm), macs, text (change and interval, "unclear" where
+    p is above 5 %).
     """
     right = {name: [e.judged(c) for e, c in zip(evaluators, each)] for name, each in configs.items()}
     right["plain"], rows = [e.correct for e in evaluators], {}
-    for name, each in configs.items():
-        if name != against:
-            found = difference(right[name], right[against])
-            macs = fmean(ReducedConfig(base=e.plain.config, tokens=c).macs() for e, c in zip(evaluators, each))
-            rows[name] = {"accuracy": 100 * torch.stack(right[name]).double().mean().item(), "change": found.points,
-                          "low": found.low, "high": found.high, "p": found.p, "macs": macs, "text": str(found)}
+    others = against if isinstance(against, dict) else {name: against for name in configs if name != against}
+    for name, other in others.items():
+        found = difference(right[name], right[other])
+        macs = fmean(ReducedConfig(base=e.plain.config, tokens=c).macs() for e, c in zip(evaluators, configs[name]))
+        rows[name] = {"accuracy": 100 * torch.stack(right[name]).double().mean().item(), "change": found.points,
+                      "low": found.low, "high": found.high, "p": found.p, "macs": macs, "text": str(found)}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
-    return table.assign(p=holm(table.p.tolist()))
+    table = table.assign(p=holm(table.p.tolist()))
+    return table.assign(text=table.text + table.p.gt(0.05).map({True: " (unclear)", False: ""}))
 
 
 def difference(right_a, right_b):
-    """Accuracy of a minus that of b, as a `statistics.Difference`: paired by images for one seed, by seeds for several.
+    """Accuracy of a minus that of b, as a `statistics.Difference` on the same images, of one seed or of several.
 
     right_a, right_b: which images were judged rightly, a bool tensor a seed.
     """
     if len(right_a) == 1:
         return paired_difference(right_a[0], right_b[0])
-    return seed_difference(*([100 * r.double().mean().item() for r in each] for each in (right_a, right_b)))
+    return paired_seeds(right_a, right_b)
 
 
 def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1, merge=SIZE_PRICED):

@@ -16,13 +16,18 @@ from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics.measure import compare
 from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.metrics.statistics import t_interval
 from vitlab.utils.device import device_of, example, running
 
 
-def reduced(arm, name, config=None, **options):
-    """The Arm `name` that runs the model of `arm` as `reduce_tokens` says; without any options, the plain one."""
-    model = reduce_tokens(arm.model, config, **options)
-    return dataclasses.replace(arm, name=name, model=(model if config or options else model.plain).eval())
+def reduced(arm, name, config=None, *, changes=(), **options):
+    """The Arm `name` that runs the model of `arm` as `reduce_tokens` says; without any options, the plain one.
+
+    changes: what of this is not as published.
+    """
+    model, spec = reduce_tokens(arm.model, config, **options), arm.spec
+    return dataclasses.replace(arm, name=name, model=(model if config or options else model.plain).eval(),
+                               spec=dataclasses.replace(spec, changes=(*spec.changes, *changes)))  # fmt: skip
 
 
 def evaluators(arms, data, n=None, **options):
@@ -42,9 +47,9 @@ def enlarged(model, side):
 
 
 class Evaluator:
-    """A finished model with `n` images (None: all) of one split of `data`, ready to judge its reductions.
+    """A finished model with the first `n` images (None: all) of one split of `data`, ready to judge its reductions.
 
-    Of "train" it has the last images. accuracy (%), macs, logits (N K) and correct (N) are those of the plain model.
+    accuracy (%), macs, logits (N K) and correct (N) are those of the plain model.
     dtype: autocast.
     """
 
@@ -74,6 +79,11 @@ class Evaluator:
         if config not in self._judged:
             self._judged[config] = self.right(self.run(reduce_tokens(self.plain, config)))
         return self._judged[config]
+
+    def divergences(self, model):
+        """KL divergence of the model's predictions from the plain model's for each image (nats), N."""
+        own, goal = (logits.double().log_softmax(1) for logits in (self.run(model), self.logits))
+        return (goal.exp() * (goal - own)).sum(1)
 
     def evaluate(self, model, macs=None):
         """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
@@ -108,9 +118,13 @@ def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
 
 
 def choose(rows, allowed=0.5):
-    """The row of a sweep with the fewest MACs that is at most `allowed` points worse; else the one least worse."""
+    """The row of a sweep with the fewest MACs that is at most `allowed` points worse; else the one least worse.
+
+    Its entry `allowed` tells which of the two it is.
+    """
     good = rows[rows.change >= -allowed - 1e-9]
-    return good.loc[good.macs.idxmin()] if len(good) else rows.loc[rows.change.idxmax()]
+    at = good.macs.idxmin() if len(good) else rows.change.idxmax()
+    return rows.assign(allowed=bool(len(good))).loc[at]
 
 
 def speed(evaluator, configs, batches, *, seconds=0.3, mode=""):
@@ -139,6 +153,7 @@ def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **opti
 
     "by entropy" cuts the attention's entropy into equal shares of the images of `fitting` (an Evaluator on other
     images); "by a controller" is learnt on them, for the mean number of tokens that such equal shares would leave.
+    closer: by how much the choice lowers the KL of its control, on the same images; low and high: its 95 % interval.
     """
     model = reduce_tokens(evaluator.plain)
     base = {"action": "ward"} | options | {"alpha": alpha, "protect": (0,)}
@@ -155,6 +170,9 @@ def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **opti
         used = chooser.used
         macs = sum(u * c for u, c in zip(used, costs)) / sum(used)
         fixed = reduce_tokens(evaluator.plain, fit_budget(evaluator.plain, max(macs, min(costs)), **base))
-        rows.append({"chosen": name, "used": used} | evaluator.evaluate(chooser, macs))
-        rows.append({"chosen": f"one for all, at the cost of {name}", "used": None} | evaluator.evaluate(fixed))
+        closer = evaluator.divergences(fixed) - evaluator.divergences(chooser)
+        middle, half = t_interval(closer.tolist())
+        found = {"closer": middle, "low": middle - half, "high": middle + half}
+        rows.append({"chosen": name, "used": used} | evaluator.evaluate(chooser, macs) | found)
+        rows.append({"chosen": f"one for all, at the mean cost {name}", "used": None} | evaluator.evaluate(fixed))
     return pd.DataFrame(rows)

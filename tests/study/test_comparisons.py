@@ -1,0 +1,43 @@
+"""Arms held against each other, by numbers worked out otherwise."""
+
+import pandas as pd
+import pytest
+
+from vitlab.models.vit import ViTConfig
+from vitlab.study import noise
+from vitlab.study.comparisons import compared, in_turns
+
+
+def rows(accuracies, n=10_000, column="accuracy_top1"):
+    return pd.DataFrame([{"arm": arm, "seed": seed, column: value, "n": n}
+                         for arm, values in accuracies.items() for seed, value in enumerate(values)])  # fmt: skip
+
+
+ARMS = {"a": [80.0, 81.0, 82.0], "b": [81.4, 82.4, 83.4], "c": [80.3, 81.1, 82.2], "d": [10.0, 10.0, 10.0]}
+
+
+def test_a_pair_is_the_change_of_the_same_two_arms_and_shares_its_error_with_the_others():
+    found = compared(rows(ARMS), {"better": ("b", "a")})
+    alone = noise.change(rows({k: ARMS[k] for k in "ab"}), "b", "a")
+    assert found.text["better"] == alone and not alone.endswith("(unclear)")
+    many = compared(rows(ARMS), {"better": ("b", "a"), **{f"pair {i}": ("c", "a") for i in range(30)}})
+    assert many.change["better"] == found.change["better"] == pytest.approx(1.4)
+    assert many.p["better"] == pytest.approx(31 * found.p["better"], rel=0.1)
+    assert many.text["better"].endswith("(unclear)"), "31 comparisons: what one alone would show is no proof"
+
+
+def test_accuracies_on_validation_have_the_noise_of_so_many_images():
+    by_validation = rows(ARMS, column="val_accuracy").drop(columns="n")
+    few, all_of_them = (compared(by_validation, {"x": ("b", "a")}, "val_accuracy", images=n) for n in (500, 10_000))
+    assert few.high["x"] - few.low["x"] > 2 * (all_of_them.high["x"] - all_of_them.low["x"])
+
+
+def test_seeds_that_only_one_arm_has_are_left_out():
+    partly = rows(ARMS).query("arm != 'b' or seed < 2")
+    assert compared(partly, {"x": ("b", "a")}).change["x"] == pytest.approx(1.4)
+
+
+def test_models_are_timed_in_turns_in_each_round():
+    small, large = (ViTConfig(image_size=16, patch_size=8, dim=32, depth=d, heads=2).build() for d in (1, 8))
+    found = in_turns({"small": small, "large": large}, 2, 0.0, rounds=2)
+    assert list(found) == ["small", "large"] and len(found) == 2 and (found.large > found.small).all()
