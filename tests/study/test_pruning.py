@@ -96,7 +96,7 @@ def test_step_by_step_ends_at_the_budget_with_the_epochs_divided(study, data, ba
                                      criterion="taylor", rounds=2, images=32, multiple=1)  # fmt: skip
     assert [len(a.history) for a in steps] == [1, 2] and arm.model is steps[-1].model and arm.key == steps[-1].key
     assert arm.history.seconds == pytest.approx(sum(a.history.seconds for a in steps)), "the time of all rounds"
-    assert arm.spec.recipe.epochs == 3, "its row tells the epochs of all rounds"
+    assert arm.spec.recipe.epochs == 3 and arm.epochs == dense.epochs + 3, "its row tells the epochs of all rounds"
     assert 0.9 * target < shape_of(arm.model).macs() <= target
     assert shape_of(steps[0].model).macs() > shape_of(arm.model).macs() and not arm.model.training
     again, found = pruned.step_by_step(study, dense, data, {"epochs": 3, "lr": 1e-3}, "steps", "steps", macs=target,

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from vitlab.metrics.measure import compare
-from vitlab.study.noise import changes, run_noise
+from vitlab.study.noise import NOISE, changes, image_noise
 from vitlab.utils.device import device_of, example
 
 
@@ -17,8 +17,8 @@ def compared(rows, pairs, column="accuracy_top1", images=None):
     rows = rows[rows.arm.isin({arm for pair in pairs.values() for arm in pair})]
     by_seed = rows.pivot(index="seed", columns="arm", values=column)
     apart = pd.DataFrame({label: by_seed[arm] - by_seed[other] for label, (arm, other) in pairs.items()}).dropna()
-    chance = run_noise(rows.assign(accuracy_top1=rows[column], n=rows.n if images is None else images))
-    found = changes(apart.assign(**{"": 0.0}), "", chance)
+    shared = image_noise(rows.assign(accuracy_top1=rows[column], n=rows.n if images is None else images))
+    found = changes(apart.assign(**{"": 0.0}), "", NOISE["accuracy"], shared)
     return found.assign(text=[f"{line.change:+.2f} ± {line.high - line.change:.2f} points"
                               + " (unclear)" * (line.p > 0.05) for line in found.itertuples()])  # fmt: skip
 

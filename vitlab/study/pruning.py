@@ -58,7 +58,7 @@ def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, roun
 
     The history and the epochs of the Arm are those of all rounds, so that its time is what it took.
     """
-    start, steps, epochs = shape_of(arm.model).macs(), [], recipe["epochs"]
+    start, steps, epochs, before = shape_of(arm.model).macs(), [], recipe["epochs"], arm.epochs
     if not 1 <= rounds <= epochs:
         raise ValueError(f"rounds={rounds}: from 1 to the {epochs} epochs that are divided among them")
     for i in range(rounds):
@@ -71,7 +71,7 @@ def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, roun
         steps.append(arm)
     history = History([row for step in steps for row in step.history.rows])
     spec = dataclasses.replace(arm.spec, recipe=dataclasses.replace(arm.spec.recipe, epochs=epochs))
-    return dataclasses.replace(arm, history=history, spec=spec), steps
+    return dataclasses.replace(arm, history=history, spec=spec, before=before), steps
 
 
 def same(first, second, data, *, images=256, tolerance=1e-4):
