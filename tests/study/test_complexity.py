@@ -151,6 +151,7 @@ def test_the_control_costs_what_it_should():
 def test_which_is_best_a_seed():
     rows = pd.DataFrame({"arm": list("abab"), "seed": [0, 0, 1, 1], "val_accuracy": [3.0, 2, 1, 4]})
     assert linear_study.is_best(rows, "a", ["a", "b"]) == [True, False]
+    assert linear_study.ahead(rows, "a", ["a", "b"]) == [1.0, -3.0] and linear_study.ahead(rows, "a", ["a"]) == []
 
 
 def test_receptive_field_without_attention_is_the_patch_itself():

@@ -57,6 +57,12 @@ def is_best(rows, name, group, column="val_accuracy"):
     return [bool(best == name) for best in wide.idxmax(axis=1)]
 
 
+def ahead(rows, name, group, column="val_accuracy"):
+    """For each seed: by how many points `name` is ahead of the best of the other arms of `group` (see `is_best`)."""
+    wide = rows[rows.arm.isin(group)].pivot_table(index="seed", columns="arm", values=column)
+    return (wide[name] - wide.drop(columns=name).max(axis=1)).tolist() if len(wide.columns) > 1 else []
+
+
 def receptive_field(model, images):
     """Effective receptive field (Luo et al. 2016, eq. 1) of the token in the middle of the patch grid, H W.
 
