@@ -37,7 +37,8 @@ def test_seeds_that_only_one_arm_has_are_left_out():
     assert compared(partly, {"x": ("b", "a")}).change["x"] == pytest.approx(1.8)
 
 
+@pytest.mark.alone
 def test_models_are_timed_in_turns_in_each_round():
-    small, large = (ViTConfig(image_size=16, patch_size=8, dim=32, depth=d, heads=2).build() for d in (1, 8))
+    small, large = (ViTConfig(image_size=16, patch_size=8, dim=32, depth=d, heads=2).build() for d in (1, 24))
     found = in_turns({"small": small, "large": large}, 2, 0.0, rounds=2)
     assert list(found) == ["small", "large"] and len(found) == 2 and (found.large > found.small).all()
