@@ -28,7 +28,8 @@ def test_a_loss_that_is_not_finite_stops_with_where_and_what_to_try(data, tmp_pa
     objective.step = 0
     with pytest.raises(NotFinite, match=r"nan at epoch 2, step 3 of 4 .*Try a lower lr"):
         trained(data, objective=objective, checkpoint=path, save_every=0)
-    _, history = trained(data, checkpoint=path, save_every=0)  # goes on from the end of epoch 1
+    # goes on from the end of epoch 1
+    _, history = trained(data, objective=objective, checkpoint=path, save_every=0)
     assert history.resumed == 1 and all(math.isfinite(v) for v in history["loss"])
 
 
