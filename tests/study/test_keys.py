@@ -76,7 +76,8 @@ def test_arms_that_differ_have_different_keys_and_equal_ones_equal(key):
 
 
 def test_what_an_arm_starts_from_is_in_its_key(key):
-    starts = [None] + [SimpleNamespace(key=name, model=config.build(), epochs=1) for name in "ab" for config in CONFIGS[:2]]
+    models = [(name, config.build()) for name in "ab" for config in CONFIGS[:2]]
+    starts = [None] + [SimpleNamespace(key=name, model=model, epochs=1) for name, model in models]
     keys = [key(VIT, RECIPES[0], 0, "a", {}, start) for start in starts]
     assert len(set(keys)) == len(starts)
 
