@@ -3,7 +3,6 @@
 Evidence whose stamp is not that of the present code is marked where it is shown.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts
-from vitlab.study.noise import NOISE, interval
+from vitlab.study.noise import change
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
@@ -167,10 +166,10 @@ def _found(evidence, number, arm, control):
     if not len(gain):
         return "nothing yet", f"notebook {number} has no seed of both"
     speed = (first.images_per_s / second.images_per_s).mean()
-    mean, _, margin = interval(gain.tolist(), math.sqrt(2) * NOISE["accuracy"])
+    once = drawn(rows).assign(arm=rows.model).drop_duplicates(["arm", "seed"], keep="last")
     last = rows[rows.model == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
-    return f"{mean:+.2f} ± {margin:.2f} points, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
+    return f"{change(once, arm, control)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
 def words(text):
