@@ -2,6 +2,8 @@
 
     python bench/speedrun.py [--seeds 0,1,2] [-p epochs=40] [--record]
 
+Several of these, a seed and a core each, may run side by side: a record takes in the other seeds of its recipe.
+
 All 50,000 training images, none held out, and the test images read once, at the end of each run, without test-time
 augmentation. The seconds are those of the epochs, without what is loaded and compiled before (an uncounted run of a few
 steps fills the compiler's cache). The GPU's setting is the CPU's, which was chosen on validation images, made wider and
@@ -14,12 +16,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from record import record
+from record import HERE, record
 
 import vitlab
 from vitlab.metrics.measure import accuracy
 from vitlab.study import zoo
-from vitlab.utils import rng, threads
+from vitlab.utils import files, rng, threads
 from vitlab.utils.device import device_name, hold_memory
 
 PRESET = Path(__file__).parents[1] / "presets" / "cpu.yaml"
@@ -33,6 +35,16 @@ def train(spec, data, seed, device):
     model = zoo.fitted(spec, data).config.build().to(device)
     recipe = {**vars(spec.recipe), "seed": seed}
     return model, vitlab.fit(model, data, vitlab.Recipe(**recipe), validate=False)
+
+
+def keep(name, rows, device, **facts):
+    """Record these seeds beside those that runs of the same recipe on as many threads recorded before."""
+    path, facts = HERE / "results" / f"{name}.json", {**facts, "threads": torch.get_num_threads()}
+    with files.locked(path.with_suffix(".lock")):
+        before = files.read_json(path) if path.exists() else {}
+        alike = all(before.get(key) == value for key, value in facts.items())
+        seeds = {row["seed"]: row for row in [*(before["rows"] if alike else []), *rows]}
+        record(name, [seeds[seed] for seed in sorted(seeds)], device=device, **facts)
 
 
 def main(goal, more, device, name):
@@ -64,10 +76,11 @@ def main(goal, more, device, name):
         rows.append({"seed": seed, "epochs": len(history), "precision": history.dtype, "seconds": history.seconds,
                      "accuracy (%)": score.top1, f"{goal} % reached": reached})  # fmt: skip
         print(rows[-1], flush=True)
+        if options.record:
+            keep(name, rows, device, goal=goal, changes=changes, train_images=len(data.train.labels),
+                 read="validation" if options.val else "test")  # fmt: skip
     means = [statistics.mean(row[column] for row in rows) for column in ("accuracy (%)", "seconds")]
     print(f"mean of {len(rows)}: {means[0]:.2f} % after {means[1]:,.1f} s on {device_name(device)}")
-    if options.record:
-        record(name, rows, device=device, goal=goal, read="validation" if options.val else "test", changes=changes)
 
 
 if __name__ == "__main__":
