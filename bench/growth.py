@@ -1,14 +1,17 @@
-"""How the cost of training grows: time and memory of a step against images, tokens and width.
+"""How the cost of training grows: time and memory of a step against batch, tokens and width, of runs against images
+and seeds.
 
     OMP_WAIT_POLICY=passive python bench/growth.py [--seconds 1] [--record]
 
 A ViT of depth 4 with softmax attention; a step is forward and backward, on the CPU or, where there is one, a GPU. One
 size grows, the others stay (batch 16, 64 tokens, width 128). The exponent is the slope of log cost on log size over the
-upper half of the sizes, where what does not grow weighs least. Memory is a step's peak above what was held before.
-Seeds and epochs cost what they count: more of them are more of the same.
+upper half of the sizes, where what does not grow weighs least. Memory is the peak above what was held before. A run is
+an epoch of `vitlab.fit` on so many of CIFAR-10's images, which are counted in its memory; seeds are such runs one after
+another. More epochs cost what more seeds do.
 """
 
 import argparse
+import time
 
 import torch
 from record import HERE, record
@@ -20,6 +23,8 @@ from vitlab.utils import threads
 
 START = {"batch": 16, "tokens": 64, "width": 128}
 SIZES = {"batch": (8, 16, 32, 64, 128), "tokens": (16, 64, 256, 576, 1024), "width": (64, 128, 256, 384, 512)}
+RUNS = {"images": (500, 1000, 2000, 4000, 8000), "seeds": (1, 2, 4, 8)}  # each seed with the fewest images
+NAMES = {"batch": "images in a batch", "images": "images in an epoch", "seeds": "seeds, in turn"}
 
 
 def measure(what, sizes, seconds, device):
@@ -37,6 +42,34 @@ def measure(what, sizes, seconds, device):
     return rows
 
 
+def measure_runs(what, sizes, device):
+    """Rows of images or seeds that grow: ms and MB of all the runs of an epoch."""
+    data, rows = vitlab.load_data("cifar10"), []
+
+    def train(images, seeds):
+        part = data.with_train(images)  # a copy
+        for seed in range(seeds):
+            model = vitlab.ViT(vitlab.ViTConfig(image_size=32, patch_size=4, dim=START["width"], depth=4, heads=4))
+            recipe = vitlab.Recipe(epochs=1, batch=128, warmup=0, dtype="float32", compile="off", seed=seed)
+            vitlab.fit(model.to(device), part, recipe, validate=False, log=None)
+
+    train(RUNS["images"][0], 1)  # warms up
+    for size in sizes:
+        sized = (size, 1) if what == "images" else (RUNS["images"][0], size)
+        start = time.perf_counter()
+        train(*sized)
+        ms = 1e3 * (time.perf_counter() - start)
+        memory = meters.peak_memory(lambda sized=sized: train_with_gradients(train, sized), None, device=device)
+        rows.append({"what": what, "size": size, "ms": ms, "mb": memory.activations / 1e6})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def train_with_gradients(train, sized):
+    with torch.inference_mode(False), torch.enable_grad():  # the meter is for inference
+        train(*sized)
+
+
 def exponent(rows, column):
     return complexity.slope([(row["size"], row[column]) for row in rows])
 
@@ -50,9 +83,9 @@ def draw(found, path):
 
     matplotlib.use("Agg")
     plots.theme()
-    figure, axes = plt.subplots(2, len(found), figsize=(9, 5), sharex="col", sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(found), figsize=(12, 5), sharex="col", sharey="row", squeeze=False)
     for column, (what, rows) in enumerate(found.items()):
-        for axis, cost, label in zip(axes[:, column], ("ms", "mb"), ("time of a step (ms)", "peak memory (MB)")):
+        for axis, cost, label in zip(axes[:, column], ("ms", "mb"), ("time (ms)", "peak memory (MB)")):
             axis.loglog([r["size"] for r in rows], [r[cost] for r in rows], "o-")
             axis.set_title(f"exponent {exponent(rows, cost):.2f}", fontsize="medium")
             if column == 0:
@@ -60,7 +93,7 @@ def draw(found, path):
         sizes = [row["size"] for row in rows]
         axes[1, column].set_xticks(sizes, sizes)
         axes[1, column].set_xticks([], minor=True)
-        axes[1, column].set_xlabel({"batch": "images in a batch"}.get(what, what))
+        axes[1, column].set_xlabel(NAMES.get(what, what))
     plots.save(figure, path)
 
 
@@ -72,8 +105,13 @@ def main():
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(threads.choose())
-    found = {what: measure(what, [s for s in sizes if s <= options.largest], options.seconds, device)
-             for what, sizes in SIZES.items()}  # fmt: skip
+    found = {}
+    for what, sizes in (SIZES | RUNS).items():
+        sizes = [size for size in sizes if size <= options.largest]
+        if what in RUNS:
+            found[what] = measure_runs(what, sizes, device)
+        else:
+            found[what] = measure(what, sizes, options.seconds, device)
     rows = [{"grows": what, "from": each[0]["size"], "to": each[-1]["size"],
              "time (ms)": f"{each[0]['ms']:.1f} to {each[-1]['ms']:.1f}", "exponent of time": exponent(each, "ms"),
              "memory (MB)": f"{each[0]['mb']:.1f} to {each[-1]['mb']:.1f}", "exponent of memory": exponent(each, "mb")}

@@ -1,6 +1,7 @@
 """How much of what structured pruning saves in operations is saved in time: DeiT-S and the study's baseline.
 
-    OMP_WAIT_POLICY=passive python bench/slim.py [--models deit,ours] [--batches 1,16,64] [--share 0.7] [--record]
+    OMP_WAIT_POLICY=passive python bench/slim.py [--models deit,ours] [--batches 1,16,64] [--share 0.7]
+                                                 [--engines eager,compiled,onnxruntime] [--record]
 
 Random weights: what is timed hangs on the widths that are left only. One width for the heads of a block, and unequal
 widths. For the rest see bench/tokens.py.

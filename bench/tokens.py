@@ -1,29 +1,42 @@
 """How much of what token reduction saves in operations is saved in time: DeiT-S and the study's baseline.
 
-    OMP_WAIT_POLICY=passive python bench/tokens.py [--models deit,ours] [--batches 1,16,64] [--share 0.7] [--record]
+    OMP_WAIT_POLICY=passive python bench/tokens.py [--models deit,ours] [--batches 1,16,64] [--share 0.7]
+                                                   [--engines eager,compiled,onnxruntime] [--record]
 
 Random weights: what is timed does not hang on them. "share of the limit" is (time of the plain model / time of the
 reduced one) / (its MACs / their MACs): 1 where time falls as the operations do. ToMe merges a constant number of tokens
-a block, by keys; ours a rising number, by the study's merge, with only the class token in the last block. Eager and
-compiled, in turns, medians. bench/slim.py does the same for pruned models.
+a block, by keys; ours a rising number, by the study's merge, with only the class token (or the mean) in the last block.
+Eager, compiled and in onnxruntime, in turns, medians. bench/slim.py does the same for pruned models.
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import timm
 import torch
+import yaml
+from deit import ENGINES, prepared
 from record import record
+from speedrun import PRESET
 
 import vitlab
 from vitlab.compress.tokens.search import fit_budget
 from vitlab.metrics import meters
 from vitlab.models.timm import from_timm
+from vitlab.study import zoo
 from vitlab.utils import threads
 
 MODELS = {
     "deit": lambda: from_timm(timm.create_model("deit_small_patch16_224")),
-    "ours": lambda: vitlab.ViT(vitlab.ViTConfig(dim=128, depth=5, heads=4, mlp_dim=256, stem="residual")),
+    "ours": lambda: baseline().config.build(),
 }
+
+
+def baseline():
+    """The study's own model as the cpu preset has it: a Spec."""
+    changes = yaml.safe_load(PRESET.read_text(encoding="utf-8"))["01_baseline"]["changes"]["ours"]
+    return zoo.scaled("ours", changes)
 
 
 def reduced(plain, share):
@@ -34,28 +47,27 @@ def reduced(plain, share):
     return {"ToMe": vitlab.reduce_tokens(plain, tome), "ours": vitlab.reduce_tokens(plain, ours)}
 
 
-def compare(name, cheaper, batches, seconds, compiled):
+def compare(name, cheaper, batches, seconds, engines):
     """Rows of one model: its own time, and of each cheaper one the speed-up and the share of the limit reached."""
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # one function, many models
     plain = MODELS[name]().eval()
     models = {"plain": plain} | cheaper(plain)
     macs = {what: model.config.macs() for what, model in models.items()}
-    engines = {"eager": models}
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64  # one function, many models
-        engines["compiled"] = {what: torch.compile(model, dynamic=False) for what, model in models.items()}
-    side, rows = plain.config.image_size, []
-    for batch in batches:
-        images = torch.randn(batch, 3, side, side)
-        for engine, runs in engines.items():
-            timed = meters.compare(runs, images, warmup=3, seconds=seconds, min_runs=5)
-            times = {what: timing.median_s for what, timing in timed.items()}
-            for what in list(models)[1:]:
-                faster, limit = times["plain"] / times[what], macs["plain"] / macs[what]
-                rows.append({"model": name, "made cheaper": what, "batch": batch, "engine": engine,
-                             "plain (ms)": 1e3 * times["plain"], "speed-up": faster, "limit by MACs": limit,
-                             "share of the limit": faster / limit})  # fmt: skip
-                print(rows[-1], flush=True)
+    shape, rows = (3, plain.config.image_size, plain.config.image_size), []
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in engines:
+            runs = {what: prepared(model, engine, Path(folder) / f"{i}.onnx", shape)
+                    for i, (what, model) in enumerate(models.items())}  # fmt: skip
+            for batch in batches:
+                timed = meters.compare(runs, torch.randn(batch, *shape), warmup=3, seconds=seconds, min_runs=5)
+                times = {what: timing.median_s for what, timing in timed.items()}
+                for what in list(models)[1:]:
+                    faster, limit = times["plain"] / times[what], macs["plain"] / macs[what]
+                    rows.append({"model": name, "made cheaper": what, "batch": batch, "engine": engine,
+                                 "plain (ms)": 1e3 * times["plain"], "speed-up": faster, "limit by MACs": limit,
+                                 "share of the limit": faster / limit})  # fmt: skip
+                    print(rows[-1], flush=True)
     return rows
 
 
@@ -66,7 +78,7 @@ def main(name, cheaper, about):
     parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--share", type=float, default=0.7, help="of the MACs that are left")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each model's timing")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--record", action="store_true", help="keep the table in bench/results and bench/README.md")
     options = parser.parse_args()
     print(threads.choose())
@@ -74,7 +86,7 @@ def main(name, cheaper, about):
     for model in options.models.split(","):
         batches = [int(batch) for batch in options.batches.split(",")]
         rows += compare(model, lambda plain: cheaper(plain, options.share), batches, options.seconds,
-                        not options.no_compile)  # fmt: skip
+                        options.engines.split(","))  # fmt: skip
     if options.record:
         record(name, rows, share=options.share, seconds=options.seconds)
 

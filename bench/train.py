@@ -7,7 +7,8 @@ flips, in batches of 128, by AdamW with label smoothing. The peer is what one wo
 transforms on uint8 tensors in a DataLoader, torch's AdamW, fused; with several shares of the cores for loader and
 model, of which the fastest counts. Every setting has a process of its own, set up before the clock runs; they are
 measured in turns, and the ratios are of medians. "auto" is what `vitlab train` does, in the precision that it times to
-be the faster one, against the faster of the peer's precisions; "float32" is like with like.
+be the faster one, against the faster of the peer's precisions; "compiled" is the same under torch.compile, which is
+ready before the clock runs; "float32" is like with like.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from record import record
 from vitlab.utils import threads
 
 BATCH, DEPTH = 128, 6
-OURS = {"vitlab, auto": {}, "vitlab, float32": {"dtype": "float32"}}
+OURS = {"vitlab, auto": {}, "vitlab, compiled": {"compile": "on"}, "vitlab, float32": {"dtype": "float32"}}
 # how the peer shares the cores out: (threads of the model, None: torch's default; workers of the loader; precision)
 PEERS = {
     "peer, 2 workers": (None, 2, "float32"),
@@ -140,6 +141,7 @@ def main():
         rows.append({
             "dim": dim, "vitlab (images/s)": rates["vitlab, auto"], "best peer": best.removeprefix("peer, "),
             "its images/s": rates[best], "ratio": rates["vitlab, auto"] / rates[best],
+            "ratio, compiled": rates["vitlab, compiled"] / rates[best],
             "float32: vitlab": rates["vitlab, float32"], "float32: peer": rates[alike],
             "float32: ratio": rates["vitlab, float32"] / rates[alike],
         })  # fmt: skip
