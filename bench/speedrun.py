@@ -38,11 +38,12 @@ def train(spec, data, seed, device):
 
 
 def keep(name, rows, device, **facts):
-    """Record these seeds beside those that runs of the same recipe on as many threads recorded before."""
+    """Record these seeds beside those that runs of the same recipe recorded before on such a device."""
     path, facts = HERE / "results" / f"{name}.json", {**facts, "threads": torch.get_num_threads()}
+    same = facts | {"device": device_name(device)}
     with files.locked(path.with_suffix(".lock")):
         before = files.read_json(path) if path.exists() else {}
-        alike = all(before.get(key) == value for key, value in facts.items())
+        alike = all(before.get(key) == value for key, value in same.items())
         seeds = {row["seed"]: row for row in [*(before["rows"] if alike else []), *rows]}
         record(name, [seeds[seed] for seed in sorted(seeds)], device=device, **facts)
 
