@@ -1,4 +1,4 @@
-"""CIFAR-10 to 90 % with a ViT on two CPU cores: seconds of training, n seeds.
+"""CIFAR-10 to 90 % with a ViT on two CPU cores: seconds of a core's work, n seeds.
 
     OMP_WAIT_POLICY=passive python bench/speedrun_cpu.py [--seeds 0,1,2] [-p epochs=28] [--record]
 
