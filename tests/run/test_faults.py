@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import threading
 
@@ -220,6 +221,24 @@ def test_two_runs_at_once_share_the_work(make, capfd):
     assert statuses == {stem: ["done", "up to date"] for stem in statuses}
     assert (project.root / "count").read_text() == "xx"
     assert f", process {os.getpid()}, since 20" in capfd.readouterr().out.partition("waiting for ")[2]
+
+
+def test_an_arm_that_two_want_at_once_is_trained_once(tmp_path):
+    spec, said, found, together = zoo.scaled("S0/dense", CHANGES), [], [], threading.Barrier(2)
+
+    def want(study, data):
+        together.wait()
+        found.append(study.arm(spec, data).model.head.weight)
+
+    studies = [Study("01_a", root=tmp_path, device="cpu", log=said.append) for _ in range(2)]
+    threads = [threading.Thread(target=want, args=(study, study.data("tiny"))) for study in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [sum(words in line for line in said) for words in (": training", "trained before")] == [1, 1]
+    assert any(f"waiting for {socket.gethostname()}, process {os.getpid()}" in line for line in said)
+    assert torch.equal(*found)
 
 
 def test_a_run_does_not_wait_beyond_its_budget(make):
