@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from vitlab.study.study import read_rows
+from vitlab.utils.files import read_record
 from vitlab.utils.tensors import load_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,7 +114,7 @@ def descendants(pid):
 def check_whole(folder):
     """Every file under its own name is whole, at any moment: read each, or fail."""
     for path in folder.rglob("*.json"):
-        json.loads(path.read_text())
+        read_record(path)
     for path in folder.rglob("*.safetensors"):
         assert load_tensors(path)[0]
     for path in (folder / "figures").rglob("*.png"):
@@ -131,7 +132,7 @@ def timeless(value):
 
 def outcome(folder):
     """What a run found: {file: rows without times}, {arm: its tensors and what is said of it without times}."""
-    rows = {str(p.relative_to(folder)): timeless(json.loads(p.read_text())) for p in folder.rglob("results/**/*.json")}
+    rows = {str(p.relative_to(folder)): timeless(read_record(p)) for p in folder.rglob("results/**/*.json")}
     arms = {}
     for path in folder.rglob("checkpoints/**/*.safetensors"):
         tensors, said = load_tensors(path)

@@ -1,10 +1,13 @@
 """What goes wrong around a study: full disks, folders that cannot be written, damaged files, two runs at once."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
+import re
 import resource
+import socket
 import subprocess
 import threading
 
@@ -21,7 +24,7 @@ from vitlab.study.study import Study, read_rows
 from vitlab.train.loop import fit
 from vitlab.train.recipe import Recipe
 from vitlab.utils import rng
-from vitlab.utils.files import locked, write_json
+from vitlab.utils.files import locked, read_record, write_json
 
 matplotlib.use("Agg")
 CONFIG = ViTConfig(image_size=32, patch_size=16, dim=64, depth=1, heads=1)
@@ -67,6 +70,30 @@ def test_a_full_disk_is_said_and_what_was_there_stays_whole(small_disk):
     assert {p.name for p in folder.iterdir()} <= {"m.safetensors", "row.json", "disk"}
 
 
+def test_a_notebook_that_finds_the_disk_full_has_failed_and_the_others_go_on(small_disk, make, capfd):
+    folder, full = small_disk
+    row = {stem: ROW.format(name=stem) for stem in ("01_large", "02_small")}
+    project = make({"01_large": [row["01_large"], "'x' * 200_000"], "02_small": [row["02_small"]]})
+    (project.root / "executed").symlink_to(folder)
+    with full():
+        statuses, (outcome, _), _ = go(project)
+    assert statuses == {"01_large": "failed", "02_small": "done"}
+    # there is no room for the copy; or not even for what papermill writes as it goes
+    assert re.search(r"copy in executed/ cannot be written: .*No space left|File too large", outcome.note)
+    assert re.search("No space left|File too large", err := capfd.readouterr().err) and "Traceback" not in err
+    assert [p.name for p in project.executed("tiny").iterdir()] == ["02_small.ipynb"]
+    if folder != project.root.parent:  # where there is room again
+        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+    assert go(project)[0] == {"01_large": "done", "02_small": "up to date"}
+
+
+def test_a_notebook_whose_lock_cannot_be_written_has_failed_and_the_others_go_on(make):
+    project = make({"01_a": ["1"], "02_b": ["1"]})
+    (project.root / ".state/run/tiny/01_a.lock").mkdir(parents=True)
+    statuses, (outcome, _), _ = go(project)
+    assert statuses == {"01_a": "failed", "02_b": "done"} and "01_a.lock" in outcome.note
+
+
 def test_a_run_that_met_a_full_disk_goes_on_bit_identical(tmp_path):
     data = Study("x", root=tmp_path, device="cpu").data("tiny")
     recipe = Recipe(epochs=3, batch=500, warmup=0)
@@ -96,17 +123,37 @@ def study(tmp_path):
     return Study("01_a", root=tmp_path, device="cpu", log=lambda line: None)
 
 
+@contextlib.contextmanager
+def heeding_modes():
+    """Root may write everywhere; within this, it may not where a folder's mode says so, as anybody else."""
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)  # third version of the interface, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable capabilities, then those beyond 32
+    assert libc.capget(head, sets) == 0
+    effective = sets[0]
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(head, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(head, sets) == 0
+
+
 def test_figures_that_cannot_be_written_are_said_and_rows_stay(study):
     study.write_row("arm", {"arm": "arm"})
     (study.root / "figures").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="figures"):
         study.save(plots.confusion([[1, 0], [0, 1]], "ab"), "confusion")
     assert len(read_rows(study.root, "tiny")) == 1 and (study.root / "figures").is_file()
-    if os.geteuid():  # root may write everywhere
-        (study.root / "figures").unlink()
-        (study.root / "figures").mkdir(mode=0o500)
-        with pytest.raises(PermissionError, match="figures"):
-            study.save(plots.confusion([[1, 0], [0, 1]], "ab"), "confusion")
+    (study.root / "figures").unlink()
+    (study.root / "figures").mkdir(mode=0o500)
+    with heeding_modes(), pytest.raises(PermissionError, match="figures"):
+        study.save(plots.confusion([[1, 0], [0, 1]], "ab"), "confusion")
+    assert len(read_rows(study.root, "tiny")) == 1 and not list((study.root / "figures").iterdir())
 
 
 def test_a_damaged_arm_is_refused_by_name_and_trained_again_once_it_is_gone(study):
@@ -147,6 +194,20 @@ def test_results_cut_short_are_named_and_a_copy_cut_short_is_made_again(make):
     assert go(project)[0] == {"01_a": "done"} and len(read_rows(project.root, "tiny")) == 1
 
 
+def test_an_edited_digit_in_any_result_is_refused_by_name(study):
+    study.write_row("arm", {"arm": "arm", "accuracy_top1": 87.25})
+    study.conclude("It reads 87.25 %.")
+    study.settle("S0/dense/parameters", [87.25], as_published=True)
+    files = {path.name: path for path in study.folder("results").iterdir()}
+    for name, path in files.items():
+        path.write_text(path.read_text().replace("87.25", "88.25"))
+        with pytest.raises(ValueError, match=rf"{name} is damaged or was edited.*delete it"):
+            read_record(path)
+    with pytest.raises(ValueError, match=r"arm\.json is damaged"):
+        read_rows(study.root, "tiny")
+    assert files.keys() == {"arm.json", "conclusions.json", "claims.json"}
+
+
 def test_two_runs_at_once_share_the_work(make, capfd):
     count = "with open(os.environ['VITLAB_ROOT'] + '/count', 'a') as file: file.write('x')\nimport time; time.sleep(2)"
     project = make({"01_a": [ROW.format(name="01_a"), count], "02_b": [ROW.format(name="02_b"), count]})
@@ -160,6 +221,24 @@ def test_two_runs_at_once_share_the_work(make, capfd):
     assert statuses == {stem: ["done", "up to date"] for stem in statuses}
     assert (project.root / "count").read_text() == "xx"
     assert f", process {os.getpid()}, since 20" in capfd.readouterr().out.partition("waiting for ")[2]
+
+
+def test_an_arm_that_two_want_at_once_is_trained_once(tmp_path):
+    spec, said, found, together = zoo.scaled("S0/dense", CHANGES), [], [], threading.Barrier(2)
+
+    def want(study, data):
+        together.wait()
+        found.append(study.arm(spec, data).model.head.weight)
+
+    studies = [Study("01_a", root=tmp_path, device="cpu", log=said.append) for _ in range(2)]
+    threads = [threading.Thread(target=want, args=(study, study.data("tiny"))) for study in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [sum(words in line for line in said) for words in (": training", "trained before")] == [1, 1]
+    assert any(f"waiting for {socket.gethostname()}, process {os.getpid()}" in line for line in said)
+    assert torch.equal(*found)
 
 
 def test_a_run_does_not_wait_beyond_its_budget(make):

@@ -1,43 +1,15 @@
 """The study as a Slurm job array, on a real Slurm of one node (Debian: slurm-wlm, munge) that the test starts."""
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import time
 
 import pytest
+from slurm_study import DAEMONS, compared, lacking, said, slurm, wait
 
 from vitlab import cli
+from vitlab.utils.files import write_record
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-CONFIG = """
-ClusterName=one
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=20
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SchedulerParameters=sched_interval=3,bf_interval=5
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-JobCompType=jobcomp/filetxt
-JobCompLoc={folder}/completed
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus}
-PartitionName=all Nodes=ALL Default=YES
-"""
 TRAIN = """
 import json, os, pathlib, time
 root = pathlib.Path(os.environ["VITLAB_ROOT"])
@@ -57,59 +29,15 @@ for seed in seeds:
 pytestmark = pytest.mark.alone
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
 @pytest.fixture
-def cluster(tmp_path_factory, monkeypatch):
+def cluster(tmp_path_factory):
     """The folder of a running Slurm, for which sbatch and its like are set up."""
-    if missing := [name for name in DAEMONS if not shutil.which(name)]:
+    if missing := lacking(DAEMONS):
         pytest.skip(f"{', '.join(missing)}: not installed (Debian: apt install slurm-wlm munge)")
     if os.geteuid():
         pytest.skip("Slurm's daemons are started as root")
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "munge.key").write_bytes(os.urandom(128))
-    (folder / "munge.key").chmod(0o600)
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    text = CONFIG.format(folder=folder, host=socket.gethostname().partition(".")[0], ports=free_ports(2),
-                         cpus=os.cpu_count())  # fmt: skip
-    (folder / "slurm.conf").write_text(text)
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
-    commands = [["munged", "--foreground", "--force", *(f"--{k}={folder}/munge.{v}" for k, v in munge.items())],
-                ["slurmctld", "-D"], ["slurmd", "-D"]]  # fmt: skip
-    started = []
-    try:
-        for command in commands:
-            log = (folder / f"{command[0]}.out").open("w")
-            started.append(subprocess.Popen(command, stdout=log, stderr=log))
-            if command[0] == "munged":
-                wait(lambda: (folder / "munge.socket").exists(), folder)
-        wait(lambda: "idle" in said("sinfo", "--noheader", "--format=%T"), folder)
+    with slurm(tmp_path_factory.mktemp("slurm")) as folder:
         yield folder
-    finally:
-        subprocess.run(["scancel", "--me"], capture_output=True)
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
-
-
-def said(*command):
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
-def wait(condition, folder, seconds=300):
-    end = time.time() + seconds
-    while not condition():
-        logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.out")}
-        assert time.time() < end, f"{said('squeue')}\n{logs}"
-        time.sleep(0.5)
 
 
 def completed(folder):
@@ -149,3 +77,14 @@ def test_without_slurm_there_is_an_error(make, monkeypatch, capsys):
     command = ["run", "--project", str(project.source), "--preset", "tiny", "--slurm"]
     assert cli.main(command) == 2 and "no sbatch here" in capsys.readouterr().err
     assert cli.main([*command, "--fresh"]) == 2 and "--fresh" in capsys.readouterr().err
+
+
+def test_rows_of_two_runs_are_held_against_each_other_without_their_times(tmp_path):
+    for run, accuracy, seconds in (("a", 60.0, 1), ("b", 61.0, 2)):
+        for seed, found in ((0, 50.0), (1, accuracy)):
+            row = {"key": "k", "accuracy_top1": found, "seconds": seconds}
+            write_record(tmp_path / run / "results/tiny/01_a" / f"{seed}.json", row)
+    first, *others = compared(tmp_path / "a", tmp_path / "b")
+    assert first.startswith("1 of 2 rows are those of ")
+    assert len(others) == 1 and others[0].startswith("01_a/1: ['k', 60.0,") and "['k', 61.0," in others[0]
+    assert len(compared(tmp_path / "a", tmp_path / "a")) == 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vitlab.utils.files import LATER, identity, locked, plain, write_text
+from vitlab.utils.files import LATER, identity, locked, plain, read_record, write_json, write_record, write_text
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,31 @@ def test_what_killed_runs_left_unfinished_goes(tmp_path):
         os.utime(tmp_path / name, (0, 0))
     write_text(tmp_path / "a.json", "{}")
     assert {p.name for p in tmp_path.iterdir()} == {"a.json", ".a.json.y.part", ".b.json.x.part"}
+
+
+def test_no_flipped_bit_of_a_record_changes_what_it_says(tmp_path):
+    path, record = tmp_path / "row.json", {"arm": "S0/dense", "seed": 1, "accuracy": 87.25, "of": [0.5, 10], "is": True}
+    write_record(path, record)
+    assert read_record(path) == record and len(record) == 5
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:  # white space, or the name that the checksum goes by
+                assert read_record(path).items() >= record.items()
+            except ValueError as error:
+                assert "row.json" in str(error) and "delete it" in str(error)
+                refused += 1
+    assert refused > 0.8 * 8 * len(whole)
+
+
+@pytest.mark.parametrize("content, said", [("[1]", "no record"), ('{"a": NaN}', "NaN"), ("{", "not valid JSON")])
+def test_what_is_no_record_is_named(content, said, tmp_path):
+    (tmp_path / "row.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"row\.json .*{said}.*delete it"):
+        read_record(tmp_path / "row.json")
+
+
+def test_a_record_of_before_there_were_checksums_is_taken_as_it_is(tmp_path):
+    write_json(tmp_path / "row.json", {"accuracy": 87.25})
+    assert read_record(tmp_path / "row.json") == {"accuracy": 87.25}

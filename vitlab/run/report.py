@@ -12,7 +12,7 @@ from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts
 from vitlab.study.noise import change
 from vitlab.study.study import read_rows
-from vitlab.utils.files import read_json, write_text
+from vitlab.utils.files import read_record, write_text
 
 FILES = ("README.md", "RESULTS.md", "CLAIMS.md")
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
@@ -108,7 +108,7 @@ class Evidence:
         for preset in [self.preset[stem]] if stem in self.preset else self.present:
             path = self.root / "results" / preset / stem / f"{name}.json"
             if path.exists():
-                return read_json(path) | {"preset": preset}
+                return read_record(path) | {"preset": preset}
         return {}
 
     def find(self, number):

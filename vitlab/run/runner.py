@@ -91,8 +91,7 @@ class Terms:
 @functools.cache
 def cuda_device():
     """The name of the CUDA device, or "". A process of its own asks, so that this one holds no GPU memory."""
-    answer = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    return answer.stdout.strip()
+    return subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True).stdout.strip()
 
 
 def choose_preset():
@@ -213,20 +212,24 @@ def run_one(project, job, terms, part=""):
             return _run_one(project, job, terms, part, scratch)
     except TimeoutError as error:
         return Outcome(job.notebook.stem, WAITING, note=f"budget spent: {error}")
+    except OSError as error:  # of its lock, on a full disk, say: the others still run
+        return Outcome(job.notebook.stem, FAILED, note=f"{type(error).__name__}: {error}")
 
 
 def _run_one(project, job, terms, part, scratch):
     stem, begun, stamp = job.notebook.stem, time.time(), job.stamp(project)
     scratch.unlink(missing_ok=True)
-    error = execute(
-        job.notebook.path, scratch, job.parameters, project.root, end=terms.limit, kernels=terms.kernels,
-        env=environment(project.root, stamp, terms), prefix=f"{part or stem} | " if terms.width > 1 else "",
-    )  # fmt: skip
+    error = execute(job.notebook.path, scratch, job.parameters, project.root, end=terms.limit, kernels=terms.kernels,
+                    env=environment(project.root, stamp, terms),
+                    prefix=f"{part or stem} | " if terms.width > 1 else "")  # fmt: skip
     wall = round(time.time() - begun, 1)
     if terms.stopped.is_set() or (error and error[0] == "BudgetSpent") or time.time() >= terms.limit:
         return Outcome(stem, PAUSED, wall, "budget spent")
     if scratch.exists() and not part:
-        _publish(project, job, scratch, {"status": FAILED if error else DONE, "stamp": stamp, "wall_s": wall})
+        try:
+            _publish(project, job, scratch, {"status": FAILED if error else DONE, "stamp": stamp, "wall_s": wall})
+        except (OSError, ValueError) as failure:  # a full disk; papermill may have left half a notebook on it
+            error = error or (type(failure).__name__, f"its copy in executed/ cannot be written: {failure}", "")
     if not error:
         return Outcome(stem, DONE, wall)
     name, message, traceback = error

@@ -27,7 +27,7 @@ from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
 from vitlab.utils.device import hold_memory
-from vitlab.utils.files import described, digest, identity, locked, read_json, write_json
+from vitlab.utils.files import described, digest, identity, locked, read_record, write_record
 from vitlab.utils.provenance import provenance
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"  # trained arms that come with the project
@@ -168,7 +168,7 @@ class Study:
     def write_row(self, name, row, **extra):
         """Write one row, with its provenance, to results/<preset>/<notebook>/<name>.json."""
         safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-        write_json(self.folder("results") / f"{safe}.json", row | extra | provenance(self.device))
+        write_record(self.folder("results") / f"{safe}.json", row | extra | provenance(self.device))
 
     def rows(self, arms, data, **options):
         """A DataFrame of the rows of several arms on the same data."""
@@ -208,7 +208,7 @@ class Study:
             self.settle(claim, values, as_published=as_published, why=why, differences=apart, **options)
 
     def _write(self, what, rows):
-        write_json(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
+        write_record(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
 
     def claims_table(self, selected):
         """claimed | measured | verdict | note of the selected claims; what was not settled is pending.
@@ -251,4 +251,4 @@ def say(text):
 def read_rows(root, preset, notebook="*"):
     """A DataFrame of all rows under results/<preset>/<notebook>/; empty where there are none."""
     files = sorted(Path(root, "results", preset).glob(f"{notebook}/*.json"))
-    return pd.DataFrame([read_json(f) for f in files if f.name not in NO_ROWS.values()])
+    return pd.DataFrame([read_record(f) for f in files if f.name not in NO_ROWS.values()])

@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 
 LEFT_S = 3600  # age in seconds at which an unfinished file is taken for that of a run that was killed
+SUM = "sha256"  # its name in a record
 LATER = {"later": True}  # metadata of a dataclass field that was added after arms had been trained
 
 
@@ -128,10 +129,34 @@ def write_json(path, value):
 
 def read_json(path):
     """The value in the JSON file `path`; a broken file is named (ValueError)."""
+    def refuse(word):
+        raise ValueError(f"{word} is no number of JSON's")
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_record(path, value):
+    """`write_json` of a dictionary, with a checksum over it: for numbers that others will be told."""
+    write_json(path, value | {SUM: digest(value, 64)})
+
+
+def read_record(path):
+    """The dictionary that `write_record` wrote; ValueError, with the file's name, where it was changed since.
+
+    A file without a checksum, written before there were any, is taken as it is.
+    """
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds no record")
+        if (wanted := found.pop(SUM, None)) is not None and wanted != digest(found, 64):
+            raise ValueError(f"{path} is damaged or was edited: its checksum is not that of what it holds")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and `vitlab run` makes it again") from error
+    return found
 
 
 def digest(value, length=12):
