@@ -22,7 +22,7 @@ SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=20
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -54,7 +54,7 @@ for seed in seeds:
         arm.write_text(json.dumps({"job": os.environ["SLURM_JOB_ID"], "jobs": os.environ.get("VITLAB_JOBS")}))
 """
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def free_ports(count):
