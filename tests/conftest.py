@@ -13,6 +13,7 @@ import torch  # noqa: E402 - OpenMP reads how many, and how to wait, when torch 
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "long" not in item.keywords)  # side by side, a long one begun last is waited for
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs CUDA")

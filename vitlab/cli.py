@@ -1,7 +1,8 @@
 """The command line: `vitlab run | train | evaluate | measure | apply | export | report | data`.
 
 The options stand in cli.toml. Only the standard library is imported at the top: run_all.sh checks its options here
-before anything is installed, and help comes at once. What the commands do is in `vitlab.run.commands`.
+before anything is installed, and help comes at once. What the commands do is in `vitlab.run.commands`, for `run` in
+`vitlab.run.study_run`.
 """
 
 import argparse
@@ -132,7 +133,10 @@ def main(arguments=None):
         from vitlab.utils import threads
 
         threads.wait_passively()  # kernels, too: they get this process's environment
-        from vitlab.run import commands
+        if options.command == "run":
+            from vitlab.run import study_run as commands
+        else:
+            from vitlab.run import commands
 
         return getattr(commands, options.command)(options)
     except (ValueError, OSError) as error:

@@ -3,11 +3,13 @@
     python tests/run/kills.py 20
 
 prints a line a kill: when, what was killed, what it had come to, and, at the next start, what it went on from. Each run
-is killed until it is through, then compared, and a new one is begun, until there were so many kills.
+is killed until it is through, then compared, and a new one is begun, until there were so many kills. Moments are
+counted in seconds of processor time that a run has taken, so that others on the machine do not move them.
 """
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -77,21 +79,18 @@ class Started:
         env = {k: v for k, v in os.environ.items() if k not in ("VITLAB_ROOT", "VITLAB_FRESH", "VITLAB_DEADLINE")}
         self.process = subprocess.Popen(command, env=env | {"VITLAB_PYTHON": sys.executable}, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        self.lines, self.begun = [], time.monotonic()
+        self.lines, self.worked = [], 0.0
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self.reader.start()
 
-    def at_work(self):
-        """Wait until the first arm is loaded or trained, or all has ended."""
-        while self.process.poll() is None and not self.told(", seed "):
-            time.sleep(0.02)
-
-    def ended(self, seconds):
-        """Whether it came to its end within so many seconds from its start."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0, self.begun + seconds - time.monotonic()))
-            return True
-        return False
+    def ended(self, said=None, work=math.inf):
+        """Whether it came to its end; waits no longer than until a line matches `said` or it has worked so long."""
+        while self.process.poll() is None:
+            self.worked = max(self.worked, sum(map(worked, [self.process.pid, *descendants(self.process.pid)])))
+            if self.worked >= work or (said and self.told(said)):
+                return False
+            time.sleep(0.05)
+        return True
 
     def kill(self, everything):
         """SIGKILL for the runner alone, whose kernel has to notice, or for all of it, as when the power goes."""
@@ -106,9 +105,19 @@ class Started:
 
 def descendants(pid):
     found = []
-    for child in (c for f in Path(f"/proc/{pid}/task").glob("*/children") for c in f.read_text().split()):
-        found += [int(child), *descendants(int(child))]
+    with contextlib.suppress(OSError):  # it has just ended
+        for child in (c for f in Path(f"/proc/{pid}/task").glob("*/children") for c in f.read_text().split()):
+            found += [int(child), *descendants(int(child))]
     return found
+
+
+def worked(pid):
+    """Seconds of processor time that a process has taken, with its children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has just ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def check_whole(folder):
@@ -151,12 +160,13 @@ def differences(one, other):
 
 
 def undisturbed(folder):
-    """(outcome, seconds from the start to the first epoch's line, seconds in all) of a run that nobody disturbs."""
-    run, first = Started(folder), None
-    while not run.ended(time.monotonic() - run.begun + 0.1):
-        first = first or (run.told("epoch ") and time.monotonic() - run.begun) or None
+    """(outcome, seconds of work to the first epoch's line, seconds in all) of a run that nobody disturbs."""
+    run = Started(folder)
+    run.ended(said="epoch ")
+    first = run.worked
+    run.ended()
     assert run.process.returncode == 0, "".join(run.lines)
-    return outcome(folder), first, time.monotonic() - run.begun
+    return outcome(folder), first, run.worked
 
 
 def disturbed(folder, draw, kills, begin, end, log):
@@ -166,15 +176,15 @@ def disturbed(folder, draw, kills, begin, end, log):
     while True:
         run, moment = Started(folder), draw.uniform(0.3 * begin, begin)
         if draw.random() < 0.8:
-            run.at_work()
-            moment = time.monotonic() - run.begun + draw.uniform(0, end - begin)
-        through = run.ended(moment if count < kills else 600)
+            run.ended(said=", seed ")  # the first arm is loaded or trained
+            moment = run.worked + draw.uniform(0, end - begin)
+        through = run.ended(work=moment if count < kills else math.inf)
         resumed = run.told("trained before|epoch ")[:1]
         if count and resumed:
             log(f"         went on: {resumed[0][:100]}")
         if through:
             assert run.process.returncode == 0, "".join(run.lines)
-            log(f"         through in {time.monotonic() - run.begun:.1f} s")
+            log(f"         through in {run.worked:.1f} s")
             return count
         everything = draw.random() < 0.5
         run.kill(everything)

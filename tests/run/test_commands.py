@@ -10,7 +10,7 @@ import pytest
 
 from vitlab import cli
 from vitlab.models import checkpoint
-from vitlab.run import commands
+from vitlab.run import commands, study_run
 from vitlab.train import loop
 
 SMALL = ["--dataset", "tiny", "--epochs", "1", "--batch", "250", "--dim", "16", "--depth", "1", "--heads", "1",
@@ -168,9 +168,9 @@ def test_what_is_measured_after_side_by_side_training_gets_all_cores_again(monke
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         return ""
 
-    monkeypatch.setattr(commands.threads, "choose", choose)
-    monkeypatch.setattr(commands.runner, "run", lambda *_, alone: [alone()][:0])
-    monkeypatch.setattr(commands.runner, "summary", lambda *_: "")
-    monkeypatch.setattr(commands.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(study_run.threads, "choose", choose)
+    monkeypatch.setattr(study_run.runner, "run", lambda *_, alone: [alone()][:0])
+    monkeypatch.setattr(study_run.runner, "summary", lambda *_: "")
+    monkeypatch.setattr(study_run.signal, "signal", lambda *_: None)
     assert cli.main(["run", "--preset", "tiny", "--jobs", "2"]) == 0
     assert asked == [(2, given)] + [(1, None)] * (given is None), "what the user has set stays"

@@ -1,5 +1,7 @@
 """Every command reads every kind of checkpoint, or says by name why it cannot use it; what is exported is equal."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,6 +10,9 @@ from vitlab import cli
 from vitlab.compress.pruning.gates import GatedViT
 from vitlab.models import checkpoint
 from vitlab.models.vit import ViT, ViTConfig
+from vitlab.study import plots
+
+pytestmark = pytest.mark.long
 
 SMALL = {"image_size": 32, "patch_size": 16, "dim": 16, "depth": 2, "heads": 2, "num_classes": 10}
 TIMM = {"name": "vit_tiny_patch16_224", "num_classes": 10, "options": {"img_size": 32, "depth": 1, "embed_dim": 24}}
@@ -24,13 +29,14 @@ MAKE = {
     "ripple": lambda: dense(attention="ripple"),
     "slim": lambda: vitlab.prune(dense(), BATCHES, ratio=0.5, multiple=1, uniform=False),
     "reduced": lambda: vitlab.reduce_tokens(dense(), r_max=0.5, action="ward", pooled_last=True),
+    "slim and reduced": lambda: vitlab.reduce_tokens(MAKE["slim"](), r_max=0.5),
     "gated": lambda: GatedViT(dense()),
     "sparse": lambda: dense(attention="topk", attention_args={"k": 0.5}),
     "linear": lambda: dense(attention="linear"),
     "favit": lambda: checkpoint.config_class("favit")(
         image_size=32, stem=(3, 2), dims=(32, 64), depths=(1, 1), heads=(1, 2), mlp_ratios=(2, 2), reductions=(4, 2),
         window=4, samples=8).build(),
-    "resnet": lambda: checkpoint.config_class("resnet")(num_classes=10).build(),
+    "resnet": lambda: checkpoint.config_class("resnet")(widths=(4, 8), residual=(1,), num_classes=10).build(),
     "timm": lambda: checkpoint.from_dict({"kind": "timm", **TIMM}).build(),
 }
 
@@ -51,11 +57,14 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_every_command_reads_every_checkpoint(kind, files, tmp_path, capsys):
-    path, out = files(kind), ["--out", str(tmp_path / "out")]
+def test_every_command_reads_every_checkpoint(kind, files, tmp_path, capsys, monkeypatch):
+    path, out = files(kind), tmp_path / "out"
+    monkeypatch.setattr(plots, "save", lambda figure, path: figure)  # test_commands.py looks at the figure
+    assert cli.main(["evaluate", "--checkpoint", path, "--out", str(out), "--device", "cpu"]) == 0
     fast = ["--seconds", "0.001", "--device", "cpu", "--batch-size", "2"]
-    assert cli.main(["measure", "--checkpoint", path, *fast]) == 0
-    assert cli.main(["evaluate", "--checkpoint", path, *out, "--device", "cpu"]) == 0
+    assert cli.main(["measure", "--checkpoint", path, "--out", str(out / "row.json"), *fast]) == 0
+    found = json.loads((out / "row.json").read_text())
+    assert found["params"] == sum(p.numel() for p in checkpoint.load(path).parameters())
     assert cli.main(["export", path, "--pt2", "--seconds", "0.001", "--batch", "1,3"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"{kind}.pt2: " in said and "batch 3" in said

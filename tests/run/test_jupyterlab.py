@@ -14,7 +14,7 @@ import chromium
 import nbformat
 import pytest
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 STEM = "05_token_pruning"
@@ -86,7 +86,7 @@ def test_the_panel_answers_to_the_slider(tmp_path):
     (tmp_path / "notebooks").mkdir()
     node = slice_to(nbformat.read(ROOT / "notebooks" / f"{STEM}.ipynb", 4), "token_panel.panel(")
     assert 3 < len(node.cells) < 15, "the panel needs some of the cells, not all"
-    quick = 'changes["S3/baseline"]["epochs"], alphas = 1, [1.5]'
+    quick = 'changes["S3/baseline"]["epochs"], alphas, images = 1, [1.5], {"sweep": 8, "calibration": 4}'
     node.cells.insert(1, nbformat.v4.new_code_cell(quick))  # where papermill would set parameters, too
     nbformat.write(node, tmp_path / "notebooks" / f"{STEM}.ipynb")
     with lab(tmp_path) as address, chromium.browser(tmp_path / "profile") as page:

@@ -26,7 +26,7 @@ for seed in seeds:
         arm.write_text(json.dumps({"job": os.environ["SLURM_JOB_ID"], "jobs": os.environ.get("VITLAB_JOBS")}))
 """
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """The training loop: resumption bit for bit, schedules and losses against closed forms, failures that help."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import random
 import signal
 import subprocess
@@ -53,8 +55,9 @@ def test_stopped_after_any_epoch_a_run_ends_bit_identical(data, tmp_path, optimi
     assert plain == [{k: v for k, v in row.items() if k not in timing} for row in resumed.rows]
 
 
+# a line of files on stdin starts a run in a process of its own, and its number is told; the imports are made once
 KILLED = """
-import sys, torch
+import os, sys, torch
 torch.set_num_threads(1)
 from vitlab.utils import rng
 from vitlab.data.datasets import load
@@ -63,28 +66,40 @@ from vitlab.train.recipe import Recipe
 from vitlab.train.loop import fit
 from safetensors.torch import save_file
 data = load("tiny")
-rng.seed_all(3)
-model = ViT(ViTConfig(patch_size=16, dim=16, depth=1, heads=2, dropout=0.1))
-print("start", flush=True)
-fit(model, data, Recipe(epochs=6, batch=100, mixup=0.2, ema=0.9), checkpoint=sys.argv[1], save_every=0)
-save_file(model.state_dict(), sys.argv[2])
+for line in sys.stdin:
+    if child := os.fork():
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    state, end = line.split()
+    rng.seed_all(3)
+    model = ViT(ViTConfig(patch_size=16, dim=16, depth=1, heads=2, dropout=0.1))
+    fit(model, data, Recipe(epochs=6, batch=100, mixup=0.2, ema=0.9), checkpoint=state, save_every=0, log=None)
+    save_file(model.state_dict(), end)
+    os._exit(0)
 """
 
 
 def test_killed_at_random_moments_a_run_ends_bit_identical(tmp_path):
-    command = [sys.executable, "-c", KILLED]
-    subprocess.run([*command, tmp_path / "whole", tmp_path / "whole.end"], check=True, stdout=subprocess.DEVNULL)
-    draw, kills = random.Random(0), 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            [*command, tmp_path / "part", tmp_path / "part.end"], stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
-        time.sleep(draw.uniform(0.05, 0.8))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    subprocess.run([*command, tmp_path / "part", tmp_path / "part.end"], check=True, stdout=subprocess.DEVNULL)
+    draw, kills, pipe = random.Random(0), 0, subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=pipe, stdout=pipe, text=True) as runs:
+
+        def run(name, seconds=None):
+            """The exit code of a run that is killed after so many seconds, if it takes so long."""
+            print(tmp_path / name, tmp_path / f"{name}.end", file=runs.stdin, flush=True)
+            number = int(runs.stdout.readline())
+            if seconds is not None:
+                time.sleep(seconds)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            return int(runs.stdout.readline())
+
+        assert run("whole") == 0
+        for _ in range(4):
+            kills += run("part", draw.uniform(0.05, 0.8)) == -signal.SIGKILL
+        assert kills >= 2
+        assert run("part") == 0
+        runs.stdin.close()
     whole, part = load_file(tmp_path / "whole.end"), load_file(tmp_path / "part.end")
     assert all(torch.equal(whole[name], part[name]) for name in whole)
     assert [p.name for p in tmp_path.glob("*.part")] == [] or kills  # leftovers of a kill are never read
