@@ -5,7 +5,7 @@ import pytest
 
 from vitlab.models.vit import ViTConfig
 from vitlab.study import noise
-from vitlab.study.comparisons import compared, in_turns
+from vitlab.study.comparisons import compared, in_turns, ordered
 
 
 def rows(accuracies, n=10_000, column="accuracy_top1"):
@@ -35,6 +35,15 @@ def test_accuracies_on_validation_have_the_noise_of_so_many_images():
 def test_seeds_that_only_one_arm_has_are_left_out():
     partly = rows(ARMS).query("arm != 'b' or seed < 2")
     assert compared(partly, {"x": ("b", "a")}).change["x"] == pytest.approx(1.8)
+
+
+def test_an_order_is_told_by_the_step_that_holds_least():
+    held, step = ordered(rows(ARMS), ("b", "c", "a"))
+    assert held == [True, True, True] and step == pytest.approx([0.3, 0.1, 0.2])  # c over a, not b over c
+    held, step = ordered(rows(ARMS), ("b", "a"), ("d", "c"))
+    assert held == [False] * 3 and step == pytest.approx([-70.3, -71.1, -72.2])
+    partly = rows(ARMS).query("arm != 'b' or seed < 2")
+    assert ordered(partly, ("b", "a"))[1] == pytest.approx([1.8, 1.8])
 
 
 @pytest.mark.alone

@@ -267,8 +267,8 @@ def claims_page(evidence):
     totals = _frame(frame)
     parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
              f"five projects published, and what it came to here. {verdicts.summary(settled)} A figure and its change "
-             "from a baseline count once; facts found by running a project's own code (marked *fact*) do not count as "
-             f"its claims.\n\n{totals}"]  # fmt: skip
+             "from a baseline count once, an order of figures not beside them; facts found by running a "
+             f"project's own code (marked *fact*) do not count as its claims.\n\n{totals}"]  # fmt: skip
     for project, title in claims.PROJECTS.items():
         frame = verdicts.table(claims.select(project=project), settled)
         often = [note for note, n in frame.note.value_counts().items() if n > 2 and len(note) > 40]

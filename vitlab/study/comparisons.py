@@ -1,5 +1,7 @@
 """Arms held against each other: changes of accuracy that share their error, times that were taken in turns."""
 
+from itertools import pairwise
+
 import pandas as pd
 
 from vitlab.metrics.measure import compare
@@ -21,6 +23,18 @@ def compared(rows, pairs, column="accuracy_top1", images=None):
     found = changes(apart.assign(**{"": 0.0}), "", NOISE["accuracy"], shared)
     return found.assign(text=[f"{line.change:+.2f} ± {line.high - line.change:.2f} points"
                               + " (unclear)" * (line.p > 0.05) for line in found.itertuples()])  # fmt: skip
+
+
+def ordered(rows, *orders, column="accuracy_top1"):
+    """(whether `orders` of arms hold, one a seed; by how many points, one a seed, the step holds that holds least).
+
+    rows: of arms and seeds, with a `column` of accuracies (%); orders: tuples of arms, the best first. The second is
+    what a statement about an order is settled with: the step with the smallest mean, so that it tells of all of them.
+    """
+    by_seed = rows.pivot(index="seed", columns="arm", values=column)
+    pairs = [pair for order in orders for pair in pairwise(order)]
+    steps = pd.DataFrame({i: by_seed[arm] - by_seed[other] for i, (arm, other) in enumerate(pairs)}).dropna()
+    return (steps > 0).all(axis=1).tolist(), steps[steps.mean().idxmin()].tolist()
 
 
 def in_turns(models, batch, seconds, *, dtype=None, rounds=1):

@@ -192,3 +192,16 @@ def published_export(arm, masks):
     model = dataclasses.replace(exact.config, blocks=tuple(blocks)).build()
     model.load_state_dict(state)
     return model.to(device_of(arm.model)).eval()
+
+
+def exports(gated, cuts, masks, data):
+    """Rows (arm, seed, val_accuracy) of each cut, exact ("name") and exported as published ("name as published").
+
+    gated: the Arms that were cut, one a seed; cuts: {name: Arms of the same seeds}; masks: {(name, seed): its masks}.
+    """
+    rows = []
+    for name, arm, small in ((name, *both) for name, smalls in cuts.items() for both in zip(gated, smalls)):
+        wrong = published_export(arm, masks[name, arm.seed])
+        rows += [{"arm": label, "seed": arm.seed, "val_accuracy": validated(model, data)}
+                 for label, model in ((name, small.model), (f"{name} as published", wrong))]  # fmt: skip
+    return pd.DataFrame(rows)

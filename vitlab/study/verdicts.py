@@ -212,11 +212,15 @@ def table(claims, verdicts=()):
 def counted(verdicts):
     """The verdicts that count: on what was published (not on facts found since), and on no figure twice.
 
-    Of a figure and its change from a baseline, the first counts, unless only the second is judged.
+    Of a figure and its change from a baseline, the first counts, unless only the second is judged. An order of figures
+    does not count beside them.
     """
     verdicts = [v for v in verdicts if get(v.claim).source == "published"]
     judged, there, twice = {v.claim for v in verdicts if v.status in JUDGED}, {v.claim for v in verdicts}, set()
     for claim in (get(v.claim) for v in verdicts):
+        if claim.value is True and there.intersection(claim.derived_from):
+            twice.add(claim.id)
+            continue
         for source in {s for s in claim.derived_from if s.startswith(f"{claim.project}/{claim.model}/")} & there:
             twice.add(source if claim.id in judged and source not in judged else claim.id)
     return [v for v in verdicts if v.claim not in twice]
