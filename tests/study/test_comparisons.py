@@ -17,10 +17,11 @@ ARMS = {"a": [80.0, 81.0, 82.0], "b": [81.8, 82.8, 83.8], "c": [80.3, 81.1, 82.2
 
 
 def test_a_pair_is_the_change_of_the_same_two_arms_and_shares_its_error_with_the_others():
-    found = compared(rows(ARMS), {"better": ("b", "a")})
-    alone = noise.change(rows({k: ARMS[k] for k in "ab"}), "b", "a")
+    several = rows({k: ARMS[k] for k in "abc"})
+    found = compared(several, {"better": ("b", "a")})
+    alone = noise.change(several, "b", "a")
     assert found.text["better"] == alone and not alone.endswith("(unclear)")
-    many = compared(rows(ARMS), {"better": ("b", "a"), **{f"pair {i}": ("c", "a") for i in range(30)}})
+    many = compared(several, {"better": ("b", "a"), **{f"pair {i}": ("c", "a") for i in range(30)}})
     assert many.change["better"] == found.change["better"] == pytest.approx(1.8)
     assert many.p["better"] == pytest.approx(31 * found.p["better"], rel=0.1)
     assert many.text["better"].endswith("(unclear)"), "31 comparisons: what one alone would show is no proof"

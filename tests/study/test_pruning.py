@@ -183,6 +183,7 @@ def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, b
         assert wrong.config.parameters() == pruned.cut(arm, masks, "", "").model.config.parameters()
         with pytest.raises(ValueError, match="differ by"):
             pruned.same(wrong, masked(arm.model, masks), data)
-    found = pruned.exports([gates], {"cut": [pruned.cut(gates, masks, "cut", "")]}, {("cut", gates.seed): masks}, data)
-    assert found.arm.tolist() == ["cut", "cut as published"] and found.seed.tolist() == [gates.seed] * 2
-    assert found.val_accuracy[1] == pruned.validated(wrong, data)
+    small = pruned.cut(gates, masks, "cut", "")
+    found, pairs = pruned.exports([gates], {"cut": [small]}, {("cut", gates.seed): masks}, data)
+    assert tuple(found.arm) == pairs["cut"] == ("cut as published", "cut") and found.seed.tolist() == [gates.seed] * 2
+    assert found.val_accuracy[0] == pruned.validated(wrong, data)

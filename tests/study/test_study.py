@@ -165,6 +165,7 @@ def test_conclusions_are_rows_in_a_stable_order(study, capsys):
 def test_claims_are_settled_written_and_pending_ones_shown(study):
     study.settle("S0/dense/parameters", [5.526346], as_published=True)
     study.settle("S0/dense/macs", [1253.5], as_published=True)
+    assert study.verdicts["S0/dense/macs"].shared == 0  # no arm was read on test images
     chosen = [get("S0/dense/parameters"), get("S0/dense/macs"), get("S0/dense/accuracy")]
     table = study.claims_table(chosen)
     assert table.verdict.tolist() == ["confirmed", "refuted", "pending"]

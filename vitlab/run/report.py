@@ -10,7 +10,7 @@ from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts
-from vitlab.study.noise import change
+from vitlab.study.noise import change, image_noise
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
 
@@ -169,7 +169,10 @@ def _found(evidence, number, arm, control):
     once = drawn(rows).assign(arm=rows.model).drop_duplicates(["arm", "seed"], keep="last")
     last = rows[rows.model == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
-    return f"{change(once, arm, control)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
+    settled = evidence.special(stem, "claims").get("verdicts", ())  # with the same noise of the test images as there
+    shared = next((v["shared"] for v in settled if v["claim"].startswith(f"{arm}/") and v.get("shared")
+                   and claims.get(v["claim"]).kind == "accuracy"), None)  # fmt: skip
+    return f"{change(once, arm, control, shared)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
 def words(text):
@@ -256,7 +259,8 @@ def _mean(values, column):
 def judged(evidence):
     """The verdicts on all claims by what the notebooks found, under the present rules."""
     files = [(evidence.special(stem, "claims"), stem) for stem in evidence.preset]
-    return verdicts.settled((found, evidence.stale(stem, found)) for found, stem in files)
+    return verdicts.settled((found, evidence.stale(stem, found), image_noise(drawn(evidence.rows[stem])))
+                            for found, stem in files)  # fmt: skip
 
 
 def claims_page(evidence):

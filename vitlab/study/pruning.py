@@ -195,13 +195,13 @@ def published_export(arm, masks):
 
 
 def exports(gated, cuts, masks, data):
-    """Rows (arm, seed, val_accuracy) of each cut, exact ("name") and exported as published ("name as published").
+    """Rows (arm, seed, val_accuracy) of each cut, exact and exported as published, and {name: that pair of arms}.
 
     gated: the Arms that were cut, one a seed; cuts: {name: Arms of the same seeds}; masks: {(name, seed): its masks}.
     """
-    rows = []
+    rows, pairs = [], {name: (f"{name} as published", name) for name in cuts}
     for name, arm, small in ((name, *both) for name, smalls in cuts.items() for both in zip(gated, smalls)):
         wrong = published_export(arm, masks[name, arm.seed])
         rows += [{"arm": label, "seed": arm.seed, "val_accuracy": validated(model, data)}
-                 for label, model in ((name, small.model), (f"{name} as published", wrong))]  # fmt: skip
-    return pd.DataFrame(rows)
+                 for label, model in zip(pairs[name], (wrong, small.model))]  # fmt: skip
+    return pd.DataFrame(rows), pairs
