@@ -184,6 +184,7 @@ def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, b
         with pytest.raises(ValueError, match="differ by"):
             pruned.same(wrong, masked(arm.model, masks), data)
     small = pruned.cut(gates, masks, "cut", "")
+    assert small.history.dtype == gates.history.dtype and not len(small.history)
     found, pairs = pruned.exports([gates], {"cut": [small]}, {("cut", gates.seed): masks}, data)
     assert tuple(found.arm) == pairs["cut"] == ("cut as published", "cut") and found.seed.tolist() == [gates.seed] * 2
     assert found.val_accuracy[0] == pruned.validated(wrong, data)

@@ -102,6 +102,7 @@ def test_rows_are_written_with_provenance_and_read_back(study, spec):
     assert {"commit", "dirty", "versions", "device", "finished"} <= stored.keys()
     assert stored["params"] == sum(p.numel() for p in arm.model.parameters())
     assert stored["macs"] == arm.model.config.macs()
+    assert stored["trained_in"] == arm.history.dtype == "float32"
     assert stored["as_published"] is False and "epochs 1 instead of 3" in stored["changes"]
     frame = read_rows(study.root, "tiny")
     assert len(frame) == 1 and frame.accuracy_top1[0] == row["accuracy_top1"]

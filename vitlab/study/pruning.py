@@ -40,7 +40,7 @@ def cut(arm, masks, name, title):
     small = slim(arm.model, masks).eval()
     chosen = {k: m.int().tolist() for k, m in masks.items()}
     spec = dataclasses.replace(arm.spec, name=name, title=title, config=small.config)
-    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec, arm.before)
+    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(dtype=arm.history.dtype), spec, arm.before)
 
 
 def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, changes=()):
@@ -69,7 +69,7 @@ def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, roun
         label = name if i + 1 == rounds else f"{name} round {i + 1}"
         arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part}, label, title)
         steps.append(arm)
-    history = History([row for step in steps for row in step.history.rows])
+    history = History([row for step in steps for row in step.history.rows], dtype=arm.history.dtype)
     spec = dataclasses.replace(arm.spec, recipe=dataclasses.replace(arm.spec.recipe, epochs=epochs))
     return dataclasses.replace(arm, history=history, spec=spec, before=before), steps
 

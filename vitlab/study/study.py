@@ -162,6 +162,7 @@ class Study:
             "notebook": self.notebook, "preset": self.preset, "device_type": self.device.type, "epochs": arm.epochs,
             "as_published": not arm.spec.changes, "changes": arm.spec.why,
             "val_accuracy": last.get("val_accuracy"), "train_s": arm.history.seconds,
+            "trained_in": arm.history.dtype,
         } | found | extra  # fmt: skip
         self.write_row(f"{arm.name}-{data.name}-s{arm.seed}", row, measured_s=time.time() - started)
         self._read.append(row)
