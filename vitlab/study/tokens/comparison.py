@@ -30,7 +30,7 @@ PRICED_CALIBRATED, CLOCKED = f"{LENGTHS}, calibrated", f"{LENGTHS}, calibrated t
 POOLED = "all tokens, pooled-last block"
 DROPS = {"cls": ATTENTION, "random": RANDOM, "grid": GRID}
 CANDIDATES = tuple({"metric": m, "power": p} for m in ("key", "input") for p in (0.0, 0.25, 0.5, 1.0))
-SIZE_PRICED = {"action": "ward"}
+SIZE_PRICED = {"action": "size-priced"}
 ALONE = TokenConfig(r_max=0.0, pooled_last=True)
 
 

@@ -168,7 +168,7 @@ def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **opti
     closer: by how much the choice lowers the KL of its control, on the same images; low and high: its 95 % interval.
     """
     model = reduce_tokens(evaluator.plain)
-    base = {"action": "ward"} | options | {"alpha": alpha, "protect": (0,)}
+    base = {"action": "size-priced"} | options | {"alpha": alpha, "protect": (0,)}
     levels = [TokenConfig(r_max=r, **base) for r in strengths]
     costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
     by_entropy, learnt = (AdaptiveViT(model, levels, [0.0] * (len(levels) - 1)).eval() for _ in range(2))
