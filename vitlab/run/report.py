@@ -9,7 +9,7 @@ from pathlib import Path
 from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
-from vitlab.study import claims, verdicts
+from vitlab.study import claims, verdicts, zoo
 from vitlab.study.noise import change, image_noise
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_json, write_text
@@ -89,7 +89,7 @@ class Evidence:
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
         for stem, rows in self.rows.items():
             self.rows[stem] = rows.assign(
-                model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
+                model=rows.arm.str.replace(zoo.STAND_IN, "", regex=True),  # a scaled-down stand-in is called that
                 why=[self.stale(stem, row) for row in rows.to_dict("records")],
             )
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitlab.metrics.measure import COLUMNS
-from vitlab.study import claims, plots
+from vitlab.study import claims, plots, zoo
 from vitlab.study.noise import NOISE, image_noise, interval
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
@@ -60,7 +60,7 @@ def board(rows):
         raise ValueError(f"rows of the presets {sorted(rows.preset.unique())} do not compare; choose one")
     lines = []
     rows = rows.reindex(columns=[*dict.fromkeys([*rows, *SHOWN, "why", "epochs"])]).fillna({"why": ""})
-    rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace("-small", ""))
+    rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace(zoo.STAND_IN, "", regex=True))
     for (notebook, data), part in rows.groupby(["notebook", "dataset"]):
         images = image_noise(part)
         arms = {model: seeds.groupby("seed").last() for model, seeds in part.groupby("model", sort=False)}
