@@ -50,7 +50,7 @@ def models(name, share, tome):
     source = timm.create_model(name).eval()
     plain = from_timm(source)
     budget, side = share * plain.config.macs(), plain.config.image_size
-    ours = fit_budget(plain, budget, action="ward", alpha=1.0, pooled_last=True)
+    ours = fit_budget(plain, budget, action="size-priced", alpha=1.0, pooled_last=True)
     merged = vitlab.reduce_tokens(plain, fit_budget(plain, budget, action="merge", schedule="constant"))
     images = [(torch.randn(4, 3, side, side), torch.arange(4))]
     found = {"plain": plain, "ours": vitlab.reduce_tokens(plain, ours),

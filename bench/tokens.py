@@ -42,7 +42,7 @@ def baseline():
 def reduced(plain, share):
     """{what was done: model} at `share` of the MACs of `plain`."""
     budget = share * plain.config.macs()
-    ours = fit_budget(plain, budget, action="ward", alpha=1.0, pooled_last=True)
+    ours = fit_budget(plain, budget, action="size-priced", alpha=1.0, pooled_last=True)
     tome = fit_budget(plain, budget, action="merge", schedule="constant")
     return {"ToMe": vitlab.reduce_tokens(plain, tome), "ours": vitlab.reduce_tokens(plain, ours)}
 

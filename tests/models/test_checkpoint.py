@@ -33,7 +33,7 @@ def random_config(draw, depth=0):
         if kind == "gated":
             gated = GatedConfig(base=base, kinds=tuple(draw.sample(("qk", "v", "mlp", "heads"), draw.randint(0, 4))))
             return gated.build().config
-        tokens = TokenConfig(r_max=draw.random() * 0.9, action=draw.choice(("drop", "merge", "ward")),
+        tokens = TokenConfig(r_max=draw.random() * 0.9, action=draw.choice(("drop", "merge", "size-priced")),
                              protect=(0,) * draw.randint(0, 1), seed=draw.randint(0, 9))  # fmt: skip
         return ReducedConfig(base=base, tokens=tokens)
     attention = draw.choice(("softmax", "linear", "hydra"))

@@ -37,14 +37,14 @@ def given(tmp_path, monkeypatch):
 def test_it_makes_a_smaller_model_and_says_whether_that_paid(given, capsys):
     command, out = given
     command += ["--prune", "0.4", "--fine-tune", "2"]
-    assert cli.main([*command, "--reduce-tokens", "r_max=.5,action=ward", "--distill", "--lr", "1e-3"]) == 0
+    assert cli.main([*command, "--reduce-tokens", "r_max=.5,action=size-priced", "--distill", "--lr", "1e-3"]) == 0
     said = capsys.readouterr().out
     head = next(line for line in said.splitlines() if "uncut, fine-tuned   " in line)
     assert head.split("  ")[-1].strip() == "after" and "pooled last block alone" in head
     for words in ("accuracy, %", "change, points", "ms at batch 4", "At batch 1 it", "At batch 4 it", "left 0m00s"):
         assert words in said
     small = vitlab.load(out)
-    assert small.config.tokens.action == "ward" and small.config.base.macs() <= 0.6 * CONFIG.macs()
+    assert small.config.tokens.action == "size-priced" and small.config.base.macs() <= 0.6 * CONFIG.macs()
     about = checkpoint.read(out).about
     assert about["recipe"]["lr"] == 1e-3 and about["recipe"]["epochs"] == 2
     assert not out.with_name(f"{out.name}.work").exists()
@@ -110,8 +110,8 @@ def test_timms_models_and_those_of_other_kinds(given, tmp_path, capsys):
     checkpoint.save(checkpoint.config_class("resnet")(num_classes=2).build(), command[1])
     assert cli.main([*command, "--prune", "0.5"]) == 2
     assert "a ResNet is neither vitlab's ViT nor a timm VisionTransformer" in capsys.readouterr().err
-    options = apply.token_options("r_max=.6, alpha=1.5,action=ward,pooled_last=true")
-    assert options == (False, {"r_max": 0.6, "alpha": 1.5, "action": "ward", "pooled_last": True})
+    options = apply.token_options("r_max=.6, alpha=1.5,action=size-priced,pooled_last=true")
+    assert options == (False, {"r_max": 0.6, "alpha": 1.5, "action": "size-priced", "pooled_last": True})
 
 
 def test_a_second_run_on_the_same_output_is_refused_by_name(tmp_path):

@@ -28,7 +28,7 @@ MAKE = {
     "vit": dense,
     "ripple": lambda: dense(attention="ripple"),
     "slim": lambda: vitlab.prune(dense(), BATCHES, ratio=0.5, multiple=1, uniform=False),
-    "reduced": lambda: vitlab.reduce_tokens(dense(), r_max=0.5, action="ward", pooled_last=True),
+    "reduced": lambda: vitlab.reduce_tokens(dense(), r_max=0.5, action="size-priced", pooled_last=True),
     "slim and reduced": lambda: vitlab.reduce_tokens(MAKE["slim"](), r_max=0.5),
     "gated": lambda: GatedViT(dense()),
     "sparse": lambda: dense(attention="topk", attention_args={"k": 0.5}),

@@ -86,6 +86,10 @@ STATEMENTS = (
     "beats a plain ViT",
     "3 are best",
     "4 are best",
+    "by 30 % better than by 40 %",
+    "set to zero better than the same channels cut out",
+    "a smaller alpha better than 2.0",
+    "Ripple better than Hydra",
 )
 
 
@@ -119,6 +123,19 @@ def test_nothing_is_claimed_that_this_file_does_not_list():
     listed = {key for project in PRINTED for key, _ in cells(project)} | set(OTHERS)
     listed |= {"S1/favit/reduced-keys", "S1/favit/stage-tokens"}
     assert listed == {c.id for c in load() if not c.derived_from and c.kind != "qualitative"}
+
+
+def test_an_order_is_that_of_its_figures():
+    orders = {c.id: [get(key) for key in c.derived_from] for c in load() if c.derived_from and c.value is True}
+    assert set(orders) == {"S2/pruned/accuracy-order", "S2/pruned/masked-above-exported", "S3/alpha/accuracy-order",
+                           "S4/ripple/above-hydra"}  # fmt: skip
+    values = {key: [c.value for c in figures] for key, figures in orders.items()}
+    for key in ("S2/pruned/accuracy-order", "S4/ripple/above-hydra"):
+        assert values[key] == sorted(values[key], reverse=True)
+    alpha, masked = values["S3/alpha/accuracy-order"], values["S2/pruned/masked-above-exported"]
+    assert alpha[0] > alpha[1] and alpha[2] > alpha[3]
+    assert all(zero > cut for zero, cut in zip(masked[:3], masked[3:], strict=True))
+    assert get("S2/pruned/masked-above-exported").source == "verified" and get("S4/ripple/above-hydra").unrun
 
 
 def test_changes_from_the_baseline():

@@ -1,8 +1,10 @@
 """What a replication at another scale tells: differences, losses under a bound or none, statements; Holm over them."""
 
+import pandas as pd
 import pytest
 from scipy import stats
 
+from vitlab.study import noise
 from vitlab.study.claims import get, load
 from vitlab.study.directions import DIRECTIONS, direction
 from vitlab.study.verdicts import controlled, settle, settled
@@ -68,7 +70,7 @@ def test_an_agreed_no_loss_survives_the_correction():
            "differences": [0.02, -0.02, 0.01]}  # fmt: skip
     others = [{"claim": f"S3/{name}/accuracy", "values": [55.0] * 3, "as_published": False, "differences": apart}
               for name, apart in {"pruned-off": [0.0, 0.2, -0.2], "pruned-on": [0.5, -0.5, -0.9]}.items()]  # fmt: skip
-    found = {v.claim: v for v in settled([({"verdicts": [row, *others]}, "")])}
+    found = {v.claim: v for v in settled([({"verdicts": [row, *others]}, "", 0.0)])}
     assert found[row["claim"]].status == AGREES and found[row["claim"]].p < 0.01
     assert found["S3/pruned-off/accuracy"].status == UNCLEAR
 
@@ -100,10 +102,29 @@ def test_what_was_timed_in_turns_has_less_noise():
     apart, turns = (scaled("S2/pruned-40/latency-change", changes, in_turns=i) for i in (False, True))
     assert (apart.status, turns.status) == (UNCLEAR, AGREES)
     assert turns.margin == pytest.approx(apart.margin / 4, rel=0.2)
-    again = settled([({"verdicts": [vars(turns)]}, "")])[0]
+    again = settled([({"verdicts": [vars(turns)]}, "", 0.0)])[0]
     assert again == turns and again.in_turns
     for claim, values in ((DROP, [2.0, 2.2, 2.4]), ("S2/baseline/accuracy", [78.0])):  # it says nothing of accuracies
         assert scaled(claim, values, in_turns=True).margin == scaled(claim, values).margin
+
+
+def test_one_difference_has_one_interval_everywhere():
+    """By the seeds and by the test images, as in `noise.change`, which notebooks and README quote."""
+    rows = pd.DataFrame([{"arm": arm, "seed": s, "accuracy_top1": 70.0 + 9 * (arm == "a") + s, "n": 10_000}
+                         for arm in ("a", "b") for s in range(3)])  # fmt: skip
+    shared, apart = noise.image_noise(rows), [9.0] * 3
+    for claim, values in (("S1/favit/beats-plain-vit", [True] * 3), ("S0/sparse/accuracy", [80.0] * 3)):
+        verdict = scaled(claim, values, differences=apart, shared=shared)
+        assert noise.change(rows, "a", "b") in verdict.reason.replace(" (95 %, n = 3)", "")
+        assert settled([({"verdicts": [vars(verdict)]}, "", 9.0)])[0] == verdict
+        older = {k: v for k, v in vars(verdict).items() if k != "shared"}
+        assert settled([({"verdicts": [older]}, "", shared)])[0].reason.endswith(verdict.reason)
+    lost = scaled("S2/pruned-40/accuracy-change", [-9.0] * 3, shared=shared).reason  # in per cent of 78.33
+    wider = 2**0.5 * 100 / 78.33
+    margin = noise.interval([-9.0] * 3, 0.5 * wider, shared * wider)[2]
+    assert lost.startswith(f"-9.00 ± {margin:.2f} %")
+    fast = [scaled("S2/pruned-40/latency-change", [-9.0] * 3, shared=s).reason for s in (0.0, 5.0)]
+    assert fast[0] == fast[1]
 
 
 def test_what_is_never_judged_has_no_direction():

@@ -63,3 +63,19 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_says_what_was_not_measu
     assert table.loc["a", "Accuracy (%)"] == "71.00 ± 1.41"
     assert table.loc["b", "Accuracy (%)"] == "80.00"
     assert set(table["Power (W)"]) == {"not measured"} and table.seeds.tolist() == [2, 1]
+
+
+def test_names_stand_beside_their_points_in_order_and_apart():
+    ax = matplotlib.pyplot.subplots(figsize=(4, 3))[1]
+    heights = {"a": 1.0, "$b": 1.001, "c": 1.002, "d": 10.0, "missing": float("nan")}
+    ax.plot([0, 1], [0, 10])
+    plots.name_beside(ax, {name: (1, y, "C0") for name, y in heights.items()})
+    places = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert list(places) == ["a", r"\$b", "c", "d"]
+    inches = np.diff(list(places.values())) * ax.get_position().height * 3
+    assert (inches > 0.149).all() and places["d"] > 0.9
+    assert abs(np.mean(list(places.values())[:3]) - ax.texts[1].xy[1]) < 0.01  # around their points
+    plots.name_beside(ax, {str(i): (1, 5, "C0") for i in range(40)})  # more than fit: beyond both ends alike
+    many = [text.get_position()[1] for text in ax.texts[-40:]]
+    assert many[0] < 0 and abs(many[0] + many[-1] - 1) < 1e-9
+    matplotlib.pyplot.close("all")

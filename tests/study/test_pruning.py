@@ -120,13 +120,31 @@ def test_sweep_holds_the_budget_for_every_criterion(data, base):
     assert rows.accuracy[0] == pytest.approx(pruned.validated(base.model, data), abs=0.3)
     assert (rows.latency_ms > 0).all()
     left, right = pruned.ranking(rows, "title").axes
-    assert [line.get_label() for line in right.get_lines() if line.get_label()[0] != "_"] == [
-        "gates", "taylor", "random", "unpruned",
-    ]  # fmt: skip
+    assert {text.get_text() for text in right.texts} == {"gates", "taylor", "random", "unpruned"}
+    assert rows.change.tolist() == pytest.approx((rows.accuracy - rows.accuracy[0]).tolist())
+    assert (rows.low <= rows.change).all() and (rows.change <= rows.high).all()
     taylor = rows[rows.way == "taylor"].sort_values("macs")
     line = left.get_lines()[1]  # it begins at the unpruned model, which has lost nothing
     assert list(line.get_xdata()) == pytest.approx([*(taylor.macs / 1e6), full / 1e6])
     assert list(line.get_ydata()) == pytest.approx([*(taylor.accuracy - rows.accuracy[0]), 0])
+
+
+def test_at_equal_latency_each_way_is_the_largest_that_is_as_fast(data, base, monkeypatch):
+    """With a clock that reads MACs, the answer is known: the largest share below the reference's."""
+    monkeypatch.setattr(pruned, "compare", lambda models, *_, **options: {
+        name: SimpleNamespace(median_s=model.config.macs()) for name, model in models.items()})
+    whole = shape_of(base.model).macs()
+    reference = pruned.cut(base, pruned.chooser(base, data, criterion="gates", multiple=1)(0.8), "", "").model
+    rows = pruned.at_latency(base, data, ["gates", "magnitude", "torch-pruning"], reference, multiple=1, steps=7)
+    assert rows.way.tolist() == ["unpruned", "reference", "gates", "magnitude", "torch-pruning"]
+    limit = reference.config.macs()
+    assert (rows.macs[1:] <= limit).all() and rows.macs[1] == limit and rows.share[1] == limit / whole
+    assert 0.78 < rows.share[2] <= 0.8 and rows.macs[2] > 0.97 * limit
+    assert (rows.latency_ms == 1e3 * rows.macs).all()
+    blocks = {"blocks": {"criterion": "taylor", "kinds": ("mlp",)}}
+    tiny = SimpleNamespace(config=SimpleNamespace(macs=lambda: 1))  # nothing is that fast
+    monkeypatch.setattr(pruned, "_judged", lambda arm, data, models, batch, seconds: list(models))
+    assert len(pruned.at_latency(base, data, blocks, tiny, images=32)) == 2
 
 
 def test_sweep_over_structures_leaves_out_what_cannot_be_reached(data, base):
@@ -183,3 +201,8 @@ def test_the_published_export_goes_wrong_where_gates_or_heads_are_uneven(data, b
         assert wrong.config.parameters() == pruned.cut(arm, masks, "", "").model.config.parameters()
         with pytest.raises(ValueError, match="differ by"):
             pruned.same(wrong, masked(arm.model, masks), data)
+    small = pruned.cut(gates, masks, "cut", "")
+    assert small.history.dtype == gates.history.dtype and not len(small.history)
+    found, pairs = pruned.exports([gates], {"cut": [small]}, {("cut", gates.seed): masks}, data)
+    assert tuple(found.arm) == pairs["cut"] == ("cut as published", "cut") and found.seed.tolist() == [gates.seed] * 2
+    assert found.val_accuracy[0] == pruned.validated(wrong, data)

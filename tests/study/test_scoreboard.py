@@ -6,6 +6,7 @@ import pytest
 
 from vitlab.study import scoreboard
 from vitlab.study.claims import get
+from vitlab.study.noise import image_noise, interval
 
 
 def rows(*arms, **more):
@@ -84,6 +85,9 @@ def test_changes_are_paired_by_seed_and_stand_beside_the_means():
     assert pd.isna(base["margin"]) and pruned["margin"] == pytest.approx(2.200985 * ((10 * 0.5 + 0.5) / 11 / 2) ** 0.5)
     assert pruned["accuracy_margin"] == pytest.approx(2.200985 * ((10 * 0.25 + 0.5) / 11 / 2) ** 0.5)
     assert pd.isna(pruned["mj_per_image"]) and pruned["made by"] == ""
+    tested = scoreboard.board(TWO.assign(n=10_000)).to_dict("records")[1]  # and that of the test images
+    margin = interval([-1.0, -2.0], 0.5**0.5, 2**0.5 * image_noise(TWO.assign(n=10_000)))[2]
+    assert tested["margin"] == pytest.approx(margin) and margin > 1.2 * pruned["margin"]
 
 
 def test_an_arm_that_was_trained_for_longer_is_not_held_against_its_base():

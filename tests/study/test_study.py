@@ -102,6 +102,7 @@ def test_rows_are_written_with_provenance_and_read_back(study, spec):
     assert {"commit", "dirty", "versions", "device", "finished"} <= stored.keys()
     assert stored["params"] == sum(p.numel() for p in arm.model.parameters())
     assert stored["macs"] == arm.model.config.macs()
+    assert stored["trained_in"] == arm.history.dtype == "float32"
     assert stored["as_published"] is False and "epochs 1 instead of 3" in stored["changes"]
     frame = read_rows(study.root, "tiny")
     assert len(frame) == 1 and frame.accuracy_top1[0] == row["accuracy_top1"]
@@ -165,6 +166,7 @@ def test_conclusions_are_rows_in_a_stable_order(study, capsys):
 def test_claims_are_settled_written_and_pending_ones_shown(study):
     study.settle("S0/dense/parameters", [5.526346], as_published=True)
     study.settle("S0/dense/macs", [1253.5], as_published=True)
+    assert study.verdicts["S0/dense/macs"].shared == 0  # no arm was read on test images
     chosen = [get("S0/dense/parameters"), get("S0/dense/macs"), get("S0/dense/accuracy")]
     table = study.claims_table(chosen)
     assert table.verdict.tolist() == ["confirmed", "refuted", "pending"]

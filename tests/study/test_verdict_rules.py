@@ -118,5 +118,7 @@ def test_no_figure_counts_twice_and_our_own_facts_do_not():
     pending = replace(figure, status="pending")
     assert counted([change, figure]) == [figure] and counted([change, pending]) == [change]
     assert counted([replace(change, status="pending"), pending]) == [pending] and counted([change]) == [change]
+    order = settle("S2/pruned/accuracy-order", [True], as_published=True)  # of figures that count
+    assert counted([order, figure]) == [figure] and counted([order]) == [order]
     frame = counts([change, pending, settle("S0/dense/macs", 1.0, as_published=True)])
     assert frame.loc["S2", "confirmed"] == frame.loc["S0", "refuted"] == 1 and set(frame) <= set(JUDGED)

@@ -130,7 +130,7 @@ def test_verdicts_survive_json():
         settle(ACCURACY, None, as_published=True),
     ]
     rows = [json.loads(json.dumps(asdict(verdict), allow_nan=False)) for verdict in samples]
-    again = settled([({"verdicts": rows}, "")])
+    again = settled([({"verdicts": rows}, "", 0.0)])
     assert again[: len(samples)] == samples
     assert {v.claim for v in again} == {c.id for c in load()}
 

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -28,6 +29,11 @@ def test_changes_are_listed_against_the_published_and_unknown_ones_refused():
     assert (zoo.scaled("S0/dense").name, spec.name) == ("S0/dense", "S0/dense-small")
     assert zoo.scaled("S0/dense", {"depth": 13}).name == "S0/dense-large" and "scaled down" in spec.title
     assert zoo.scaled("ours", {"drop_path": 0.0, "epochs": 2}).name == "ours"  # as large as before
+    names = [zoo.scaled("ours", {"dim": dim, "depth": depth}).name for dim, depth in ((128, 5), (64, 4))]
+    assert names == ["ours-small", "ours-tiny"]  # notebook 01's on a laptop, and that of 02, 03 and 06
+    named = pd.Series([*names, "ours-tiny/uncut", "S2/tiny-kd-small", "S4/ripple-small on tiny-imagenet", "S2/tiny"])
+    assert named.str.replace(zoo.STAND_IN, "", regex=True).tolist() == [
+        "ours", "ours", "ours/uncut", "S2/tiny-kd", "S4/ripple on tiny-imagenet", "S2/tiny"]  # fmt: skip
     with pytest.raises(ValueError, match="has no wings"):
         zoo.scaled("S0/dense", {"wings": 2})
     with pytest.raises(ValueError, match="unknown model 'S9'"):

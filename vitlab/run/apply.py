@@ -86,7 +86,7 @@ def load_model(name, classes, device):
 
 
 def token_options(text):
-    """"r_max=.6,action=ward" or "auto,action=ward" -> (whether counts are sought, TokenConfig's fields)."""
+    """"r_max=.6,action=size-priced" or "auto,action=merge" -> (whether counts are sought, TokenConfig's fields)."""
     parts = [part.strip() for part in text.split(",")]
     given = dict(part.partition("=")[::2] for part in parts if part != "auto")
     if "auto" in parts and {"counts", "r_max", "alpha", "schedule"} & set(given):

@@ -27,7 +27,7 @@ def sought(model, small, data, batch, fields, *, seconds, worth):
     shape, device = (small.config.in_chans, small.config.image_size, small.config.image_size), device_of(small)
     images = example(small, shape, batch)
     some = images if device.type == "cuda" else images[:CPU_BATCH]
-    config = TokenConfig(**{"action": "ward", "pooled_last": True} | fields)
+    config = TokenConfig(**{"action": "size-priced", "pooled_last": True} | fields)
     print(f"\nchoosing tokens by this machine's clock at batch {len(some)}", flush=True)
     # in blocks, timed in turns with one: what else the machine does meanwhile slows both
     quick = {"device": device, "warmup": 1, "seconds": 0.02, "min_runs": 3}

@@ -9,8 +9,8 @@ from pathlib import Path
 from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
-from vitlab.study import claims, verdicts
-from vitlab.study.noise import change
+from vitlab.study import claims, verdicts, zoo
+from vitlab.study.noise import change, image_noise
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_record, write_text
 
@@ -89,7 +89,7 @@ class Evidence:
                     self.preset[stem], self.rows[stem] = preset, rows[rows.arm.notna()]
         for stem, rows in self.rows.items():
             self.rows[stem] = rows.assign(
-                model=rows.arm.str.replace("-small", ""),  # a scaled-down stand-in is called that
+                model=rows.arm.str.replace(zoo.STAND_IN, "", regex=True),  # a scaled-down stand-in is called that
                 why=[self.stale(stem, row) for row in rows.to_dict("records")],
             )
 
@@ -169,7 +169,10 @@ def _found(evidence, number, arm, control):
     once = drawn(rows).assign(arm=rows.model).drop_duplicates(["arm", "seed"], keep="last")
     last = rows[rows.model == arm].iloc[-1]
     notes = [f"n = {len(gain)}", "published size" if last.as_published else "scaled down", last.why]
-    return f"{change(once, arm, control)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
+    settled = evidence.special(stem, "claims").get("verdicts", ())  # with the same noise of the test images as there
+    shared = next((v["shared"] for v in settled if v["claim"].startswith(f"{arm}/") and v.get("shared")
+                   and claims.get(v["claim"]).kind == "accuracy"), None)  # fmt: skip
+    return f"{change(once, arm, control, shared)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
 def words(text):
@@ -256,7 +259,8 @@ def _mean(values, column):
 def judged(evidence):
     """The verdicts on all claims by what the notebooks found, under the present rules."""
     files = [(evidence.special(stem, "claims"), stem) for stem in evidence.preset]
-    return verdicts.settled((found, evidence.stale(stem, found)) for found, stem in files)
+    return verdicts.settled((found, evidence.stale(stem, found), image_noise(drawn(evidence.rows[stem])))
+                            for found, stem in files)  # fmt: skip
 
 
 def claims_page(evidence):
@@ -267,8 +271,8 @@ def claims_page(evidence):
     totals = _frame(frame)
     parts = ["# Claims\n\nWritten by `vitlab report` from the verdicts in results/; not to be edited. Every figure the "
              f"five projects published, and what it came to here. {verdicts.summary(settled)} A figure and its change "
-             "from a baseline count once; facts found by running a project's own code (marked *fact*) do not count as "
-             f"its claims.\n\n{totals}"]  # fmt: skip
+             "from a baseline count once, an order of figures not beside them; facts found by running a "
+             f"project's own code (marked *fact*) do not count as its claims.\n\n{totals}"]  # fmt: skip
     for project, title in claims.PROJECTS.items():
         frame = verdicts.table(claims.select(project=project), settled)
         often = [note for note, n in frame.note.value_counts().items() if n > 2 and len(note) > 40]

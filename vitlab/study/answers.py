@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields
 
+from vitlab.study import zoo
 from vitlab.train.recipe import Recipe
 
 # metric -> the column of a row that answers it; of what is relative, the column that is compared
@@ -23,7 +24,7 @@ def _of(rows, claim, model, column):
     """The rows of a model of the claim's project, or of its stand-in, that have a value in `column`, by seed."""
     on = " on tiny-imagenet" if claim.metric == "tiny-imagenet-accuracy" else ""
     rows = rows[rows[column].notna()] if column in rows else rows.head(0)
-    return rows[rows.arm.str.replace("-small", "") == f"{claim.project}/{model}{on}"].set_index("seed")
+    return rows[rows.arm.str.replace(zoo.STAND_IN, "", regex=True) == f"{claim.project}/{model}{on}"].set_index("seed")
 
 
 def _timed_otherwise(claim, column, row):

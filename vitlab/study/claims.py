@@ -41,7 +41,7 @@ class Claim:
     tolerance: float = 0.0  # relative to `scale`; of an accuracy: the seed noise of the one run that was published
     against: str = ""  # the project's model that a relative figure is relative to
     beside: str = ""  # the project's model that an absolute figure was to be better (worse, no worse) than
-    derived_from: tuple[str, ...] = ()  # two claims, of which this is the quotient or the change in %
+    derived_from: tuple[str, ...] = ()  # claims, of which this is the quotient, the change in % or the order
     own: str = ""  # two claims (and a factor) whose quotient the project's own figures give for this one
     under: float | None = None  # what a loss was said to stay under, in the claim's unit
     unrun: bool = False  # no run is behind the figure: a literal, a formula, a projection
@@ -104,7 +104,7 @@ def load(path=None):
     """Every claim of `path` (default: the packaged claims.csv), in the order of the file.
 
     A row is a claim, a column a field of `Claim`. value: a number as it was printed, several with spaces between
-    them, a word, or "yes" for a statement (which stands in text); none where it is derived_from two claims above.
+    them, a word, or "yes" for a statement (which stands in text); none where a figure is derived_from two claims above.
     Raises ValueError, naming the claim, for whatever does not fit.
     """
     found = {}
@@ -125,7 +125,8 @@ def _claim(given, before):
     sources = tuple(given.get("derived_from", "").split())
     if not sources and "value" not in given:
         raise ValueError("it has no value")
-    found = _derived(given, *(_known(s, before) for s in sources)) if sources else _printed(given)
+    known = [_known(s, before) for s in sources]
+    found = _printed(given) if "value" in given else _derived(given, *known)
     given |= {"value": found["value"], "derived_from": sources, "tolerance": float(given.get("tolerance", 0)),
               "under": float(given["under"]) if "under" in given else None, "unrun": "unrun" in given}  # fmt: skip
     return Claim(**found | given)

@@ -34,11 +34,12 @@ def run_noise(claim, in_turns=False):
     return noise * (math.sqrt(2) if claim.against else 1.0)
 
 
-def direction(claim, values, apart=(), *, in_turns=False):
+def direction(claim, values, apart=(), *, in_turns=False, shared=0.0):
     """(status, words, p) of measured `values`, one a seed; (None, words, None) where they tell none.
 
     apart: the figure less that of the model the claim's is set beside; of a statement, by how many points of accuracy
     it holds (over the runner-up). Without them a statement has the sign test, which takes six seeds of one mind.
+    shared: standard deviation (points) that the test images give every accuracy, and more seeds do not lessen.
     """
     apart = [float(v) for v in apart]
     if claim.judged == "never":
@@ -57,27 +58,28 @@ def direction(claim, values, apart=(), *, in_turns=False):
         return None, "", None
     if len(found) < SEEDS:
         return None, f"a direction takes {SEEDS} seeds" if found else "", None
-    agrees, opposes, p, against = _tested(claim, claimed, found, noise)
+    images = shared * noise / NOISE["accuracy"] if claim.kind in ("accuracy", "qualitative") else 0.0  # as in `noise`
+    agrees, opposes, p, against = _tested(claim, claimed, found, noise, images)
     if isinstance(claim.value, bool) and not any(values):  # more accurate, and yet not all of what was stated
         agrees = False
-    return DIRECTIONS[0 if agrees else 1 if opposes else 2], _words(claim, found, noise) + against, p
+    return DIRECTIONS[0 if agrees else 1 if opposes else 2], _words(claim, found, noise, images) + against, p
 
 
-def _tested(claim, claimed, found, noise):
+def _tested(claim, claimed, found, noise, images):
     """(agrees, opposes, p, words of what it was tested against unless that is no difference)."""
-    mean, _, margin = interval(found, noise)
+    mean, _, margin = interval(found, noise, images)
     if claim.under is not None:
-        p = p_value([v - claim.under for v in found], noise)
+        p = p_value([v - claim.under for v in found], noise, images)
         words = f", held against the {claim.under:g} that it was to stay under"
         return mean + margin < claim.under, mean - margin > claim.under, p, words
     if claimed and abs(claimed) > claim.slack:
         towards = mean * math.copysign(1, claimed)
-        return towards > margin, towards < -margin, p_value(found, noise), ""
+        return towards > margin, towards < -margin, p_value(found, noise, images), ""
     better = -1 if claim.better == "lower" else 1
     p = no_loss_p([better * v for v in found], claim.slack)
     if p <= LEVEL:
         return True, False, p, f", a loss of {quantity(claim.slack, _unit(claim), 2)} is ruled out (p = {p:.3f})"
-    return False, better * mean < -margin, p_value(found, noise), ""
+    return False, better * mean < -margin, p_value(found, noise, images), ""
 
 
 def _by_signs(said):
@@ -94,8 +96,8 @@ def _unit(claim):
     return claim.unit if claim.against else "points"
 
 
-def _words(claim, found, noise):
-    mean, _, margin = interval(found, noise)
+def _words(claim, found, noise, images):
+    mean, _, margin = interval(found, noise, images)
     ratio = claim.against and claim.unit == "x"
     sign = "" if ratio or claim.under is not None else "+"
     number = f"{mean + (1.0 if ratio else 0.0):{sign}.2f} ± {margin:.2f}"

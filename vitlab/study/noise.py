@@ -60,10 +60,15 @@ def no_loss_p(values, most):
     return float(stdtr(len(values) - 1, -above / error)) if error else float(above <= 0)
 
 
-def image_noise(rows):
-    """Standard deviation (points) that the finite test set gives an accuracy: the binomial one of the rows' mean."""
-    share = rows.accuracy_top1.mean() / 100
-    return 100 * math.sqrt(share * (1 - share) / rows.n.min())
+def image_noise(rows, column="accuracy_top1", images=None):
+    """Standard deviation (points) that the finite test set gives an accuracy: the binomial one of the rows' mean.
+
+    column: of accuracies (%), on so many `images` (None: what the rows say in `n`); 0.0 where the rows have none.
+    """
+    if column not in rows or not rows[column].notna().any() or not (images or "n" in rows):
+        return 0.0
+    share = rows[column].mean() / 100
+    return 100 * math.sqrt(share * (1 - share) / (images or rows.n.min()))
 
 
 def run_noise(rows):
@@ -71,15 +76,16 @@ def run_noise(rows):
     return math.hypot(NOISE["accuracy"], image_noise(rows))
 
 
-def change(rows, arm, other):
+def change(rows, arm, other, shared=None):
     """Accuracy of one arm of `rows` less that of another, over the seeds that both have: "-1.20 ± 0.80 points".
 
-    That is the 95 % interval of the mean, by the seeds and by the test images, which all seeds share; a difference
-    inside it is called unclear.
+    That is the 95 % interval of the mean, by the seeds and by the test images, which all seeds share
+    (`shared`, standard deviation; None: the `image_noise` of all rows); a difference inside it is called unclear.
     """
     by_seed = rows.pivot(index="seed", columns="arm", values="accuracy_top1")
     apart = (by_seed[arm] - by_seed[other]).dropna().tolist()
-    mean, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * image_noise(rows))
+    shared = image_noise(rows) if shared is None else shared
+    mean, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * shared)
     return f"{mean:+.2f} ± {margin:.2f} points" + " (unclear)" * (abs(mean) <= margin)
 
 

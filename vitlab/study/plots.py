@@ -9,11 +9,12 @@ import pandas as pd
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.optimize import isotonic_regression
 
 from vitlab.metrics.measure import COLUMNS
-from vitlab.study.noise import over_seeds
+from vitlab.study.noise import NOISE, image_noise, interval, over_seeds
 from vitlab.utils.files import atomic
 
 WIDTH = 7.5  # inches: the column of a notebook
@@ -61,6 +62,27 @@ def colours(names):
     return {n: (palette[i % len(palette)], shape[i]) for i, n in enumerate(names)}
 
 
+def name_beside(ax, ends):
+    """In place of a legend: {name: (x, y, colour)}, each named in its colour right of the axes, with a line to x, y.
+
+    Comes last, when the limits of the axes are final. Names keep the order of their points and the height of a line.
+    """
+    ax.get_xlim(), ax.get_ylim()  # brings the limits up to date
+    at = {name: np.clip(ax.transAxes.inverted().transform(ax.transData.transform((x, y))), 0, 1)
+          for name, (x, y, _) in ends.items() if math.isfinite(y)}  # fmt: skip
+    if not at:
+        return
+    names = sorted(at, key=lambda name: at[name][1])
+    gaps = 0.15 / (ax.get_position().height * ax.figure.get_figheight()) * np.arange(len(names))  # inches
+    room = 1 - gaps[-1]  # below 0 where they need more than the height: they stick out at both ends alike
+    places = isotonic_regression([at[name][1] - gap for name, gap in zip(names, gaps)]).x
+    for name, place in zip(names, gaps + np.clip(places, min(0, room / 2), max(room, room / 2))):
+        colour = [0.7 * part for part in to_rgb(ends[name][2])]  # text is thin: darker
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        ax.annotate(literal(name), at[name], (1.06, place), xycoords="axes fraction", color=colour, fontsize=8,
+                    va="center", arrowprops=line | {"relpos": (0, 0.5)}, annotation_clip=False)  # fmt: skip
+
+
 def pictures(images, rows, titles=(), *, columns=10, size=0.75):
     """A sheet of images C H W (uint8, or floats up to 1), each `size` inches wide.
 
@@ -94,11 +116,11 @@ def patches(image, patch):
 
 
 def curves(arms, columns=("loss", "val_accuracy")):
-    """Training curves: one panel a column, one line an arm, the seeds' range shaded."""
+    """Training curves: one panel a column, one line an arm, named at its end, the seeds' range shaded."""
     labels = {"loss": "training loss", "val_accuracy": "validation accuracy (%)", "accuracy": "train accuracy (%)",
               "val_loss": "validation loss"}  # fmt: skip
     figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 3), squeeze=False)
-    look = colours(arm.name for arm in arms)
+    look, ends = colours(arm.name for arm in arms), {}
     for ax, column in zip(axes[0], columns):
         for name, (colour, marker) in look.items():
             histories = [arm.history for arm in arms if arm.name == name]
@@ -109,36 +131,42 @@ def curves(arms, columns=("loss", "val_accuracy")):
             epochs = whole["epoch"]
             ax.plot(epochs, runs.mean(0), color=colour, marker=marker, markersize=4, label=name,
                     markevery=max(1, len(epochs) // 8))  # fmt: skip
+            ends[name] = epochs[-1], runs.mean(0)[-1], colour
             if len(runs) > 1:
                 ax.fill_between(epochs, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
         ax.set(xlabel="epoch", ylabel=labels.get(column, column))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    name_beside(axes[0][-1], ends)
     return figure
 
 
 def tradeoff(rows, costs=("macs", "latency_ms")):
-    """Accuracy against each cost (log axis), one point an arm, bars of one standard deviation over seeds.
+    """Accuracy with its 95 % interval against each cost (log axis), one point an arm, named beside the last panel.
 
     Accuracies on different data do not compare: each data set gets a row of panels of its own.
     """
     sets = list(dict.fromkeys(rows.dataset))
-    figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + 2.5 * len(sets)), sharey="row",
+    height = max(2.5, 0.16 * rows.groupby("dataset").arm.nunique().max())
+    figure, axes = plt.subplots(len(sets), len(costs), figsize=(WIDTH, 0.6 + height * len(sets)), sharey="row",
                                 sharex="col", squeeze=False)  # fmt: skip
     look = colours(rows.arm)
+    ends = {}
     for panels, data in zip(axes, sets):
+        here = rows[rows.dataset == data]
         for ax, cost in zip(panels, costs):
-            for name, group in rows[rows.dataset == data].groupby("arm", sort=False):
+            for name, group in here.groupby("arm", sort=False):
                 colour, marker = look[name]
-                x, y = group[cost] * COLUMNS[cost].scale, group.accuracy_top1
-                ax.errorbar(x.median(), y.mean(), yerr=y.std() if len(y) > 1 else None, fmt=marker, color=colour,
-                            label=name, markersize=7)  # fmt: skip
+                x, y = (group[cost] * COLUMNS[cost].scale).median(), group.accuracy_top1.tolist()
+                mean, _, margin = interval(y, NOISE["accuracy"], image_noise(here))
+                ax.errorbar(x, mean, yerr=margin, fmt=marker, color=colour, markersize=7, elinewidth=1)
+                ends.setdefault(panels[-1], {})[name] = x, mean, colour
             ax.set(xscale="log")
             plain_log(ax.xaxis)
         panels[0].set_ylabel(axis("accuracy_top1") + (f", {data}" if len(sets) > 1 else ""))
-        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax, cost in zip(axes[-1], costs):
         ax.set_xlabel(axis(cost))
+    for ax, named in ends.items():
+        name_beside(ax, named)
     return figure
 
 
@@ -224,9 +252,12 @@ def scaling(rows, crossings=None):
     del panels[2 if "macs" in rows[0] else 4]
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.6), sharex=True)
     for ax, (kind, column, label) in zip(axes.flat, panels):
+        ends = {}
         for arm, (colour, marker) in colours(r["arm"] for r in rows).items():
             mine = pd.DataFrame([r for r in rows if r["arm"] == arm and r["pass"] == kind])
-            ax.plot(mine.n, mine[column], marker=marker, color=colour, markersize=5, label=arm)
+            ax.plot(mine.n, mine[column], marker=marker, color=colour, markersize=5)
+            if len(mine):
+                ends[arm] = mine.n.iloc[-1], mine[column].iloc[-1], colour
             if column == "ms":
                 ax.fill_between(mine.n, mine.ms_q25, mine.ms_q75, color=colour, alpha=0.2, linewidth=0)
                 if at := (crossings or {}).get(kind, {}).get(arm):
@@ -234,9 +265,10 @@ def scaling(rows, crossings=None):
         ax.set(yscale="log", ylabel=label)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
+        if ax in axes[:, 1]:
+            name_beside(ax, ends)
     for ax in axes[1]:
         ax.set_xlabel("tokens n of one image")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 

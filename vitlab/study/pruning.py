@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
 from vitlab.compress.budget import BudgetImpossible
+from vitlab.compress.pruning import peers
 from vitlab.compress.pruning.budget import select
 from vitlab.compress.pruning.criteria import calibration, score
 from vitlab.compress.pruning.gates import L1, GatedConfig, GatedViT
 from vitlab.compress.pruning.structured import shape_of, slim
 from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
+from vitlab.metrics.statistics import paired_difference
 from vitlab.study import plots
 from vitlab.study.study import Arm
 from vitlab.train.loop import History, cross_entropy
@@ -40,7 +43,7 @@ def cut(arm, masks, name, title):
     small = slim(arm.model, masks).eval()
     chosen = {k: m.int().tolist() for k, m in masks.items()}
     spec = dataclasses.replace(arm.spec, name=name, title=title, config=small.config)
-    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(), spec, arm.before)
+    return Arm(name, arm.seed, digest([arm.key, chosen]), small, History(dtype=arm.history.dtype), spec, arm.before)
 
 
 def tuned(study, arm, data, recipe, name, title, *, objective=cross_entropy, changes=()):
@@ -69,7 +72,7 @@ def step_by_step(study, arm, data, recipe, name, title, *, criterion, macs, roun
         label = name if i + 1 == rounds else f"{name} round {i + 1}"
         arm = tuned(study, cut(arm, masks, name, title), data, recipe | {"epochs": part}, label, title)
         steps.append(arm)
-    history = History([row for step in steps for row in step.history.rows])
+    history = History([row for step in steps for row in step.history.rows], dtype=arm.history.dtype)
     spec = dataclasses.replace(arm.spec, recipe=dataclasses.replace(arm.spec.recipe, epochs=epochs))
     return dataclasses.replace(arm, history=history, spec=spec, before=before), steps
 
@@ -91,52 +94,106 @@ def validated(model, data, dtype=None):
     return accuracy(model, data.val, mean=data.mean, std=data.std, num_classes=data.num_classes, dtype=dtype).top1
 
 
-def sweep(arm, data, ways, shares, *, images=256, multiple=8, batch=64, seconds=0.5):
-    """Every way of choosing what goes, at every share of the MACs, without training on: a DataFrame.
+def chooser(arm, data, *, criterion, kinds=KINDS, images=256, **options):
+    """masks(share of the MACs) of one way to choose what goes: by a criterion of ours, or of torch-pruning.
 
-    ways: criteria, or {name: {"criterion", "kinds", and options of `select`}}. Columns: way, share, macs,
-    accuracy (%, validation images), latency_ms (of a batch; all models are timed against each other in turn,
-    the unpruned one with them), images. The first row is unpruned; a share that a way cannot reach has no row.
+    options: of `select`; torch-pruning takes `multiple` alone. BudgetImpossible for a share that it cannot reach.
     """
-    shape, dtype = shape_of(arm.model), arm.spec.recipe.torch_dtype(device_of(arm.model))
+    full = shape_of(arm.model).macs()
+    if criterion in peers.IMPORTANCES:
+        folded = slim(arm.model)  # gates are multiplied in
+        return lambda share: peers.torch_pruning(folded, share * full, importance=criterion, **options)
+    scores = scored(arm, data, criterion, images=images, kinds=kinds)
+    return lambda share: select(shape_of(arm.model), scores, macs=share * full, **options)
+
+
+def choosers(arm, data, ways, **options):
+    """{name: `chooser`} of ways: criteria, or {name: {"criterion", "kinds", and options of `select`}}."""
     ways = ways if isinstance(ways, dict) else {name: {"criterion": name} for name in ways}
+    return {name: chooser(arm, data, **options | way) for name, way in ways.items()}
+
+
+def sweep(arm, data, ways, shares, *, batch=64, seconds=0.5, **options):
+    """Every way of choosing what goes (see `choosers`), at every share of the MACs, without training on: a DataFrame.
+
+    Columns: way, share, macs, accuracy (%, validation images), change (points against the unpruned model; low and high:
+    its 95 % interval, on the same images), latency_ms (of a batch, all models in turns), images.
+    The first row is unpruned; a share that a way cannot reach has no row.
+    """
     models = {("unpruned", 1.0): slim(arm.model).eval()}
-    for name, options in ways.items():
-        options = {"kinds": KINDS, "multiple": multiple} | options
-        scores = scored(arm, data, options.pop("criterion"), images=images, kinds=options.pop("kinds"))
-        for share in shares:
-            with contextlib.suppress(BudgetImpossible):  # such as MLPs alone, far down
-                masks = select(shape, scores, macs=share * shape.macs(), **options)
-                models[name, share] = slim(arm.model, masks).eval()
-    pictures = example(arm.model, (shape.in_chans, shape.image_size, shape.image_size), batch)
-    times = compare(models, pictures, dtype=dtype, seconds=seconds, warmup=2, min_runs=5)
-    return pd.DataFrame([
-        {"way": name[0], "share": name[1], "macs": model.config.macs(), "images": batch,
-         "accuracy": validated(model, data, dtype), "latency_ms": times[name].median_s * 1e3}
-        for name, model in models.items()
-    ])  # fmt: skip
+    for (name, masks), share in itertools.product(choosers(arm, data, ways, **options).items(), shares):
+        with contextlib.suppress(BudgetImpossible):  # such as MLPs alone, far down
+            models[name, share] = slim(arm.model, masks(share)).eval()
+    return _judged(arm, data, models, batch, seconds)
+
+
+def at_latency(arm, data, ways, reference, *, batch=64, seconds=0.5, steps=6, **options):
+    """Every way of choosing what goes at the latency of the model `reference`, without training on: rows as of `sweep`.
+
+    Of each way the largest share of the MACs, to 1 / 2^steps, with which `batch` images take no longer than the
+    reference: by bisection, the two timed in turns at each step. In the end all are timed anew, in turns as well, which
+    undoes what luck chose; the first rows are the unpruned model and the reference.
+    """
+    dtype, pictures = _timing(arm, batch)
+    models = {("unpruned", 1.0): slim(arm.model).eval(),
+              ("reference", reference.config.macs() / shape_of(arm.model).macs()): reference}  # fmt: skip
+    for name, masks in choosers(arm, data, ways, **options).items():
+        low, high, fits = 0.0, 1.0, {}
+        for _ in range(steps):
+            share, slow = (low + high) / 2, False
+            with contextlib.suppress(BudgetImpossible):  # too small for this way
+                model = slim(arm.model, masks(share)).eval()
+                times = compare({"": model, "reference": reference}, pictures, dtype=dtype, seconds=seconds, min_runs=5)
+                slow = times[""].median_s > times["reference"].median_s
+                fits = fits if slow else {(name, share): model}
+            low, high = (low, share) if slow else (share, high)
+        models |= fits
+    return _judged(arm, data, models, batch, seconds)
+
+
+def _timing(arm, batch):
+    shape = shape_of(arm.model)
+    size = (shape.in_chans, shape.image_size, shape.image_size)
+    return arm.spec.recipe.torch_dtype(device_of(arm.model)), example(arm.model, size, batch)
+
+
+def _judged(arm, data, models, batch, seconds):
+    """Rows of {(way, share): model}, the first of which is the unpruned one."""
+    dtype, pictures = _timing(arm, batch)
+    times, rows, whole = compare(models, pictures, dtype=dtype, seconds=seconds, warmup=2, min_runs=5), [], None
+    for (way, share), model in models.items():
+        found, labels = logits(model, data.val, mean=data.mean, std=data.std, dtype=dtype)
+        right = found.argmax(1) == labels
+        whole = right if whole is None else whole
+        apart = paired_difference(right, whole)
+        rows.append({"way": way, "share": share, "macs": model.config.macs(), "images": batch,
+                     "accuracy": 100 * right.double().mean().item(), "change": apart.points, "low": apart.low,
+                     "high": apart.high, "latency_ms": times[way, share].median_s * 1e3})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def ranking(rows, title=""):
     """What a `sweep` cost in accuracy, against MACs and against latency: one line a way, from the unpruned model on.
 
-    Points up to one are drawn to scale, larger losses by their logarithm, so that a way that fails hides no other.
+    Bars: 95 %, on the same images. Points up to one are drawn to scale, larger losses by their logarithm, so that a way
+    that fails hides no other.
     """
     figure, axes = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.2), sharey=True)
-    whole, cuts = rows[rows.way == "unpruned"], rows[rows.way != "unpruned"]
-    before = whole.iloc[0]
+    before, cuts, ends = rows[rows.way == "unpruned"].iloc[0], rows[rows.way != "unpruned"], {}
     for ax, column, unit in zip(axes, ("macs", "latency_ms"), (1e-6, 1.0)):
         for name, (colour, marker) in plots.colours(cuts.way).items():
             line = rows[rows.way.isin([name, "unpruned"])].sort_values("macs")
-            ax.plot(line[column] * unit, line.accuracy - before.accuracy, color=colour, marker=marker, markersize=5,
-                    label=name)  # fmt: skip
-        ax.plot(before[column] * unit, 0, "k*", markersize=10, label="unpruned", linestyle="none")
+            ax.errorbar(line[column] * unit, line.change, (line.change - line.low, line.high - line.change),
+                        color=colour, marker=marker, markersize=5, elinewidth=1)  # fmt: skip
+            ends[name] = line[column].iloc[0] * unit, line.change.iloc[0], colour
+        ax.plot(before[column] * unit, 0, "k*", markersize=10)
+        ends["unpruned"] = before[column] * unit, 0, "k"
         ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
     axes[0].set(xlabel="MACs (M)", ylabel="change in validation\naccuracy (points)", title=title)
     axes[1].set(xlabel=f"latency of {int(before.images)} images (ms)")
-    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    plots.name_beside(axes[1], ends)
     return figure
 
 
@@ -192,3 +249,16 @@ def published_export(arm, masks):
     model = dataclasses.replace(exact.config, blocks=tuple(blocks)).build()
     model.load_state_dict(state)
     return model.to(device_of(arm.model)).eval()
+
+
+def exports(gated, cuts, masks, data):
+    """Rows (arm, seed, val_accuracy) of each cut, exact and exported as published, and {name: that pair of arms}.
+
+    gated: the Arms that were cut, one a seed; cuts: {name: Arms of the same seeds}; masks: {(name, seed): its masks}.
+    """
+    rows, pairs = [], {name: (f"{name} as published", name) for name in cuts}
+    for name, arm, small in ((name, *both) for name, smalls in cuts.items() for both in zip(gated, smalls)):
+        wrong = published_export(arm, masks[name, arm.seed])
+        rows += [{"arm": label, "seed": arm.seed, "val_accuracy": validated(model, data)}
+                 for label, model in zip(pairs[name], (wrong, small.model))]  # fmt: skip
+    return pd.DataFrame(rows), pairs

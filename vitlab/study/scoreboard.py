@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitlab.metrics.measure import COLUMNS
-from vitlab.study import claims, plots
-from vitlab.study.noise import NOISE, interval
+from vitlab.study import claims, plots, zoo
+from vitlab.study.noise import NOISE, image_noise, interval
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
 IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
@@ -60,20 +60,21 @@ def board(rows):
         raise ValueError(f"rows of the presets {sorted(rows.preset.unique())} do not compare; choose one")
     lines = []
     rows = rows.reindex(columns=[*dict.fromkeys([*rows, *SHOWN, "why", "epochs"])]).fillna({"why": ""})
-    rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace("-small", ""))
+    rows = rows[rows.accuracy_top1.notna()].assign(model=rows.arm.str.replace(zoo.STAND_IN, "", regex=True))
     for (notebook, data), part in rows.groupby(["notebook", "dataset"]):
+        images = image_noise(part)
         arms = {model: seeds.groupby("seed").last() for model, seeds in part.groupby("model", sort=False)}
         for model, mine in arms.items():
             base, values = base_of(model, arms), mine[list(SHOWN)].astype(float)
             family = next(family for family, words in FAMILIES.items() if re.search(words, model))
             family = "baseline" if base in (model, None) else family
             known = (notebook, mine.arm.iloc[0], data, family, len(mine), base, mine.batch.iloc[0], mine.why.max())
-            own = interval(values.accuracy_top1.tolist(), NOISE["accuracy"])[2]
+            own = interval(values.accuracy_top1.tolist(), NOISE["accuracy"], images)[2]
             lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()) | dict(zip(MARGINS, (math.nan, own))))
             if base and not mine.epochs.max() > arms[base].epochs.max():
                 other = arms[base][list(SHOWN)].astype(float)
                 apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
-                change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"])
+                change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * images)
                 lines[-1] |= {f"{c} %": 100 * (values[c] / other[c] - 1).mean() for c in SHOWN} | {
                     "change": change, "margin": math.nan if base == model else margin,
                     "latency_x": (other.latency_ms / values.latency_ms).mean(),

@@ -23,6 +23,7 @@ from vitlab.metrics.measure import accuracy, measure
 from vitlab.models import checkpoint
 from vitlab.study import plots, verdicts, zoo
 from vitlab.study.answers import answers, differences
+from vitlab.study.noise import image_noise
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.train.recipe import told_apart
 from vitlab.utils import rng
@@ -71,7 +72,7 @@ class Study:
         self.root = Path(root or os.environ.get("VITLAB_ROOT") or Path(__file__).parents[2])
         self.fresh = os.environ.get("VITLAB_FRESH") == "1"
         self.verdicts, self.conclusions = {}, {}
-        self._data, self._trained = {}, set()
+        self._data, self._trained, self._read = {}, set(), []
         hold_memory()
         plots.theme()
         # tables in a notebook are shown whole: a note that is cut off tells nothing
@@ -161,8 +162,10 @@ class Study:
             "notebook": self.notebook, "preset": self.preset, "device_type": self.device.type, "epochs": arm.epochs,
             "as_published": not arm.spec.changes, "changes": arm.spec.why,
             "val_accuracy": last.get("val_accuracy"), "train_s": arm.history.seconds,
+            "trained_in": arm.history.dtype,
         } | found | extra  # fmt: skip
         self.write_row(f"{arm.name}-{data.name}-s{arm.seed}", row, measured_s=time.time() - started)
+        self._read.append(row)
         return row
 
     def write_row(self, name, row, **extra):
@@ -194,7 +197,11 @@ class Study:
         say(text)
 
     def settle(self, claim, values, **options):
-        """`verdicts.settle`; what it says is kept for `claims_table` and written to results/."""
+        """`verdicts.settle`; what it says is kept for `claims_table` and written to results/.
+
+        `shared`, unless given, is the noise that the test images give the arms that were measured so far.
+        """
+        options = {"shared": image_noise(pd.DataFrame(self._read))} | options
         verdict = verdicts.settle(claim, values, **options)
         self.verdicts[verdict.claim] = verdict
         self._write("verdicts", [dataclasses.asdict(v) for v in self.verdicts.values()])
@@ -202,6 +209,7 @@ class Study:
 
     def settle_rows(self, rows, selected, **options):
         """Settle the selected claims by what the rows (a DataFrame) answer (see `answers`); options: of `settle`."""
+        options = {"shared": image_noise(rows)} | options
         for claim in selected:
             values, as_published, why = answers(claim, rows)
             apart = differences(claim, rows)

@@ -45,6 +45,7 @@ class Verdict:
     margin: float | None = None  # half the interval around the mean
     differences: tuple = ()  # to the model that the claim's is set beside, one a seed
     in_turns: bool = False  # both models of a relative speed were timed in turns in one run
+    shared: float = 0.0  # of an accuracy: what the test images give all runs (standard deviation, points)
     direction: str = ""  # one of DIRECTIONS, where the values tell one
     p: float | None = None  # of the direction: of what it was tested against
     as_published: bool = False
@@ -105,14 +106,15 @@ def mac_limit(tokens, name="S3/baseline"):
     return len(cost) * cost[0] / sum(cost)
 
 
-def settle(claim, values, *, as_published, why="", differences=(), in_turns=False):
+def settle(claim, values, *, as_published, why="", differences=(), in_turns=False, shared=0.0):
     """The `Verdict` of measured `values`, one a seed, on a claim (or the id of one).
 
     `values`: a list, in the claim's unit (see `Claim.in_unit`), of numbers, lists of tokens, words such as "O(n)", or
     booleans for a statement; one number or word alone will do; None or []: what can be said without, else pending.
     `as_published`: everything the figure depends on (model, input size, data; for an accuracy also the epochs) is as
     published, else `why` says what is not. Structural claims are judged either way, so their values must come from
-    the published model. `differences`, `in_turns`: see `directions.direction`. ValueError for values of another type.
+    the published model. `differences`, `in_turns`, `shared`: see `directions.direction`. ValueError for values of
+    another type.
     """
     claim = get(claim) if isinstance(claim, str) else claim
     values, found = _measured(claim, values), {}
@@ -121,7 +123,7 @@ def settle(claim, values, *, as_published, why="", differences=(), in_turns=Fals
     given, (contradicted, own) = why, _own(claim)
     like = claim.judged == "always" or (claim.judged == "as published" and as_published)
     towards, words, p = (
-        (None, "", None) if like else directions.direction(claim, values, differences, in_turns=in_turns)
+        (None, "", None) if like else directions.direction(claim, values, differences, in_turns=in_turns, shared=shared)
     )
     if contradicted:
         status, towards, p = CONTRADICTED, None, None
@@ -142,20 +144,22 @@ def settle(claim, values, *, as_published, why="", differences=(), in_turns=Fals
         why = why or ("not measured at the published scale" if values else "")
     reason = "; ".join(part for part in (own, words, why) if part)
     return Verdict(claim=claim.id, status=status, values=values, as_published=as_published, why=given, reason=reason,
-                   differences=tuple(float(d) for d in differences), in_turns=in_turns, direction=towards or "", p=p,
-                   **found)  # fmt: skip
+                   differences=tuple(float(d) for d in differences), in_turns=in_turns, shared=shared,
+                   direction=towards or "", p=p, **found)  # fmt: skip
 
 
 def settled(files):
-    """The verdicts by the present rules on all claims: of each (content of a claims.json, note), and of what none has.
+    """The verdicts by the present rules on all claims: of each (content of a claims.json, note, shared), and of those
+    that none has. shared: see `directions.direction`; for what was settled before a verdict kept its own.
 
     The directions found for a project are one family: what Holm's correction does not leave clear is unclear.
     """
     found = []
-    for content, note in files:
+    for content, note, shared in files:
         for row in content.get("verdicts", ()):
             why = "; ".join(w for w in (row.get("why", row.get("reason", "")), note) if w)
-            extra = {"differences": row.get("differences", ()), "in_turns": row.get("in_turns", False)}
+            extra = {"differences": row.get("differences", ()), "in_turns": row.get("in_turns", False),
+                     "shared": row.get("shared", shared)}  # fmt: skip
             found.append(settle(row["claim"], row["values"], as_published=row["as_published"], why=why, **extra))
     known = {verdict.claim for verdict in found}
     return controlled([*found, *(settle(c, None, as_published=False) for c in load() if c.id not in known)])
@@ -212,11 +216,15 @@ def table(claims, verdicts=()):
 def counted(verdicts):
     """The verdicts that count: on what was published (not on facts found since), and on no figure twice.
 
-    Of a figure and its change from a baseline, the first counts, unless only the second is judged.
+    Of a figure and its change from a baseline, the first counts, unless only the second is judged. An order of figures
+    does not count beside them.
     """
     verdicts = [v for v in verdicts if get(v.claim).source == "published"]
     judged, there, twice = {v.claim for v in verdicts if v.status in JUDGED}, {v.claim for v in verdicts}, set()
     for claim in (get(v.claim) for v in verdicts):
+        if claim.value is True and there.intersection(claim.derived_from):
+            twice.add(claim.id)
+            continue
         for source in {s for s in claim.derived_from if s.startswith(f"{claim.project}/{claim.model}/")} & there:
             twice.add(source if claim.id in judged and source not in judged else claim.id)
     return [v for v in verdicts if v.claim not in twice]

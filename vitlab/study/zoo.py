@@ -72,6 +72,8 @@ BESIDE = (
     Spec(name="S2/tiny", title="Structured pruning's tiny student", recipe=PRUNING_RECIPE,
          config=replace(PRUNING, dim=256, depth=4, heads=4, mlp_dim=256, head_hidden=256)),
 )  # fmt: skip
+STAND_IN = r"-(small|tiny)\b"  # what is left out of an arm's name for that of the published model it stands for
+TINY = {"ours": 0.1}  # share of a model's MACs below which its stand-in is "-tiny": 02, 03 and 06 have another than 01
 SPECS, OTHERS = ({spec.name: spec for spec in specs} for specs in (BASELINES, BESIDE))
 
 
@@ -87,7 +89,8 @@ def scaled(name, changes=None):
     """The Spec `name` with some fields of its configuration or recipe (or its dataset) set otherwise.
 
     A field that is set to what it already is does not count as a change. A model of another size than the published
-    one is a stand-in, and is called so: "S3/baseline-small" (or "-large"). Unknown fields: ValueError.
+    one is a stand-in, and is called so: "S3/baseline-small" (or "-large", or "-tiny": see TINY). Unknown fields:
+    ValueError.
     """
     spec, changes = get(name), dict(changes or {})
     shape, recipe = ([field.name for field in fields(part)] for part in (spec.config, spec.recipe))
@@ -108,6 +111,8 @@ def scaled(name, changes=None):
                     if was != now and key not in (*EXECUTION, "seed", "num_classes")]  # fmt: skip
     size = config.macs() - spec.config.macs()
     suffix, words = ("-small", ", scaled down") if size < 0 else ("-large", ", scaled up") if size > 0 else ("", "")
+    if config.macs() < TINY.get(name, 0) * spec.config.macs():
+        suffix, words = "-tiny", ", scaled down further"
     return Spec(name=spec.name + suffix, title=spec.title + words, dataset=dataset, config=config, recipe=recipe,
                 changes=tuple(changed))  # fmt: skip
 

@@ -76,5 +76,7 @@ def test_torch_pruning_meets_the_budget_and_prefers_large_weights():
     small = slim(model, masks)
     assert 0.7 * shape.macs() < small.config.macs() <= 0.85 * shape.macs()
     assert not masks["blocks.0.mlp"][32:].any() and masks["blocks.1.mlp"].sum() >= masks["blocks.0.mlp"].sum()
+    other = peers.torch_pruning(model, 0.85 * shape.macs(), multiple=4, importance="torch-pruning, LAMP")
+    assert any(not torch.equal(masks[name], other[name]) for name in masks)
     with pytest.raises(ValueError, match="smallest model"):
         peers.torch_pruning(model, 1000, step=0.2)

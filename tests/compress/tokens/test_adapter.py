@@ -113,7 +113,7 @@ def cut(kind):
 @pytest.mark.parametrize(
     "options",
     [{"action": "drop"}, {"action": "drop", "score": "cls-ema", "rule": "published"}, {"action": "fuse"},
-     {"action": "ward", "pooled_last": True}, {"action": "merge", "metric": "input"},
+     {"action": "size-priced", "pooled_last": True}, {"action": "merge", "metric": "input"},
      {"action": "fuse", "score": "received"}],
     ids=lambda o: "-".join(map(str, o.values())),
 )  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_pruned_model_is_reduced_like_the_whole_one_with_zeros(kind, options):
 
 def test_a_pruned_and_reduced_model_is_saved_whole(tmp_path):
     slim, _ = cut(BASE)
-    fewer = reduce_tokens(slim, r_max=0.5, action="ward")
+    fewer = reduce_tokens(slim, r_max=0.5, action="size-priced")
     checkpoint.save(fewer, tmp_path / "x.safetensors")
     again = checkpoint.load(tmp_path / "x.safetensors")
     assert type(again.plain) is type(slim) and again.plain.config == slim.config

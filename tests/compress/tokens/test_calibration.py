@@ -33,8 +33,9 @@ def test_calibration_meets_its_budget_and_beats_an_even_split():
         search.calibrate(model, images[:2], macs=1, step=8)
 
 
-@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "ward"}, {"action": "ward", "pooled_last": True},
-                                     {"action": "merge"}, {"rule": "published"}])  # fmt: skip
+@pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "size-priced"},
+                                     {"action": "size-priced", "pooled_last": True}, {"action": "merge"},
+                                     {"rule": "published"}])  # fmt: skip
 @pytest.mark.parametrize("kind", [{}, {"pool": "mean", "mlp": "conv"}])
 def test_timed_blocks_add_up_to_the_whole(options, kind):
     """With torch's counter of operations as the clock, the parts are exactly the whole, each timed once."""
@@ -65,9 +66,9 @@ def test_blocks_of_one_shape_are_timed_once_timms_too():
 
 def test_calibration_to_a_clock_that_counts_operations_is_calibration_to_operations():
     model, images = small(image_size=16), pictures(16, side=16)
-    reduced = reduce_tokens(model, action="ward")
+    reduced = reduce_tokens(model, action="size-priced")
     budget = 0.7 * model.config.macs()
-    options = {"step": 4, "passes": 12, "action": "ward"}
+    options = {"step": 4, "passes": 12, "action": "size-priced"}
     by_clock = search.calibrate(model, images, latency=budget, meter=lambda counts: reduced.reduce_by(
         counts=counts).macs(), **options)  # fmt: skip
     assert by_clock == search.calibrate(model, images, macs=budget, **options)

@@ -82,27 +82,27 @@ def test_ward_takes_the_edges_that_add_the_least_variance():
 def test_lengths_are_kept_and_the_direction_is_the_mean():
     keys, size = F.normalize(draw(2, 9, 4, seed=3) - 0.5, dim=-1), draw(2, 10, seed=2) + 1
     x = draw(2, 10, 5, seed=1) - 0.5
-    (kept,) = merge.plans("ward", 5, 1, keys=keys, size=size, lengths=True)
-    (plain,) = merge.plans("ward", 5, 1, keys=keys, size=size)
+    (kept,) = merge.plans("size-priced", 5, 1, keys=keys, size=size, lengths=True)
+    (plain,) = merge.plans("size-priced", 5, 1, keys=keys, size=size)
     torch.testing.assert_close(F.normalize(kept(x), dim=-1), F.normalize(plain(x), dim=-1))
     mean_length = plain(x.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(kept(x).norm(dim=-1, keepdim=True), mean_length)
     assert (plain(x).norm(dim=-1) <= mean_length[..., 0] + 1e-12).all()
 
 
-def test_ward_matches_on_the_normalised_input():
+def test_the_size_priced_merge_matches_on_the_normalised_input():
     """One block by hand: the pairs that the normalised input gives, and sizes that the next block attends by."""
     torch.manual_seed(0)
     model = ViT(ViTConfig(dim=24, depth=2, heads=2, image_size=16)).eval().double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.double)
     with torch.no_grad():
-        reduced = reduce_tokens(model, action="ward", counts=(12, 12))
+        reduced = reduce_tokens(model, action="size-priced", counts=(12, 12))
         _, seen = reduced(images, intermediates=True)
         normed = F.normalize(model.blocks[0].norm1(model.embed(images))[:, 1:], dim=-1)
         plan = merge.bipartite(normed, 5, 1, None)
         ones = torch.ones(2, 17, dtype=torch.double)
         torch.testing.assert_close(seen["size"][0], plan.total(ones), check_dtype=False)
-        tome = reduce_tokens(model, action="ward", metric="key", lengths=False, power=0, counts=(12, 9))
+        tome = reduce_tokens(model, action="size-priced", metric="key", lengths=False, power=0, counts=(12, 9))
         torch.testing.assert_close(tome(images), reduce_tokens(model, action="merge", counts=(12, 9))(images))
 
 
@@ -166,7 +166,7 @@ def test_merged_tokens_go_back_to_the_grid_for_the_convolution():
     images = torch.ones(2, 3, 16, 16, dtype=torch.double) * draw(2, 3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(reduce_tokens(model, action="merge", counts=(10, 4))(images), model(images))
-        torch.testing.assert_close(reduce_tokens(model, action="ward", counts=(10, 4))(images), model(images))
+        torch.testing.assert_close(reduce_tokens(model, action="size-priced", counts=(10, 4))(images), model(images))
 
 
 def test_dropped_patches_are_holes_in_the_grid():

@@ -10,7 +10,7 @@ import torch
 from vits import BASE, KINDS, pictures, small
 
 from vitlab.compress.tokens.merge import ACTIONS
-from vitlab.compress.tokens.reduction import reduce_tokens
+from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SIGNED
 from vitlab.models import checkpoint
 
@@ -57,13 +57,18 @@ def test_a_compiled_prediction_does_not_change_with_its_batch_mates():
     torch.testing.assert_close(first, model(crowds[0]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "ward"), (BASE, "fuse")])
+@pytest.mark.parametrize(("kind", "action"), [({}, "merge"), (BASE, "drop"), (BASE, "size-priced"), (BASE, "fuse")])
 def test_no_graph_break_anywhere(kind, action):
     torch.compiler.reset()
     model = reduce_tokens(small(depth=2, image_size=16, **kind), action=action, score="cls-ema")
     images = pictures(2, side=16)
     traced = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-4)
+
+
+def test_the_former_name_of_the_size_priced_merge_is_read():
+    old = TokenConfig(action="ward", r_max=0.3)
+    assert old == TokenConfig(action="size-priced", r_max=0.3) and old.action == "size-priced"
 
 
 def test_the_mode_is_one_however_it_is_set():
@@ -77,7 +82,7 @@ def test_the_mode_is_one_however_it_is_set():
 
 def test_training_and_state_dict_are_the_models_own():
     model, images = small(drop_path=0.2, dropout=0.1), pictures()
-    reduced = reduce_tokens(model, action="ward")
+    reduced = reduce_tokens(model, action="size-priced")
     assert list(reduced.state_dict()) == list(model.state_dict())
     assert [n for n, _ in reduced.named_parameters()] == [n for n, _ in model.named_parameters()]
     reduced.train()

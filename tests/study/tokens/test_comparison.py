@@ -38,11 +38,11 @@ def test_what_a_method_chooses_it_chooses_on_train(evaluator, calibration):
     options, table = tc.chosen(calibration, 0.7, candidates=tc.CANDIDATES[2:5])
     for candidate, row in zip(tc.CANDIDATES[2:5], table.to_dict("records")):
         assert {k: row[k] for k in ("metric", "power")} == candidate
-        fitted = fit_budget(calibration.plain, 0.7 * calibration.macs, action="ward", alpha=0.5, pooled_last=True,
-                            **candidate)  # fmt: skip
+        fitted = fit_budget(calibration.plain, 0.7 * calibration.macs, action="size-priced", alpha=0.5,
+                            pooled_last=True, **candidate)  # fmt: skip
         assert row["kl"] == calibration.evaluate(reduce_tokens(calibration.plain, fitted))["kl"]
     best = table.loc[table.kl.idxmin()]
-    assert options == {"action": "ward", "metric": best.metric, "power": best.power}
+    assert options == {"action": "size-priced", "metric": best.metric, "power": best.power}
     for choose in (lambda: tc.chosen(evaluator, 0.7), lambda: tc.calibrated(evaluator, evaluator, macs=1e9)):
         with pytest.raises(ValueError, match=r"split='val': .* chosen on train"):
             choose()
@@ -82,7 +82,7 @@ def test_scores_that_are_the_same_for_a_model_count_once(evaluator):
 def test_payoff_gives_what_was_asked_for_or_an_empty_row(evaluator, calibration, monkeypatch):
     """With a clock that counts operations: all tokens where that is fast enough, fewer, and none where nothing is."""
     monkeypatch.setattr(tc, "TokenLatency", lambda model, *_, **options: lambda counts: reduce_tokens(
-        model, action="ward", pooled_last=True, counts=counts).macs() / evaluator.macs)  # fmt: skip
+        model, action="size-priced", pooled_last=True, counts=counts).macs() / evaluator.macs)  # fmt: skip
     monkeypatch.setattr(evaluator, "times", lambda models, *_: {
         k: m.macs() / evaluator.macs if k == "reduced" else 1.0 for k, m in models.items()})  # fmt: skip
     rows = tc.payoff(evaluator, calibration, [2], (1.0, 0.7, 0.01), passes=4).set_index("goal")

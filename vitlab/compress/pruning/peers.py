@@ -4,31 +4,37 @@ import warnings
 
 import torch
 
+from vitlab.compress.budget import BudgetImpossible
 from vitlab.compress.pruning.shape import narrow, prunable, sizes
 
+# what torch-pruning may rank channels by, of what needs no images
+IMPORTANCES = {"torch-pruning": "GroupMagnitudeImportance", "torch-pruning, LAMP": "LAMPImportance",
+               "torch-pruning, FPGM": "FPGMImportance"}  # fmt: skip
 
-def torch_pruning(model, macs, *, multiple=8, step=0.02):
+
+def torch_pruning(model, macs, *, multiple=8, step=0.02, importance="torch-pruning"):
     """The channels torch-pruning would keep of `model` within `macs`: masks for `structured.slim`.
 
-    Its `BasePruner` with group magnitude over all layers at once (Fang et al. 2023, "DepGraph"), on a copy of the
-    model's blocks in timm's ViT; head dimensions and MLP channels may go. Cut out by `slim` these masks give the
-    library's own pruned model. model: a plain ViT with heads of one width. The smallest ratio that meets `macs`, in
-    steps of `step`, is taken; ValueError where the smallest it makes is still too large.
+    Its `BasePruner` over all layers at once (Fang et al. 2023, "DepGraph") with one of IMPORTANCES, by default group
+    magnitude, on a copy of the model's blocks in timm's ViT; head dimensions and MLP channels may go. Cut out by `slim`
+    these masks give the library's own pruned model. model: a plain ViT with heads of one width. The smallest ratio that
+    meets `macs`, in steps of `step`, is taken; BudgetImpossible (a ValueError) where the smallest it makes is still too
+    large.
     """
     full = prunable(model)
     if any(len(b.heads) != 1 or b.heads[0][1] != b.heads[0][2] for b in full.config.shapes):
         raise ValueError("torch-pruning needs heads of equal width, the same for queries, keys and values")
     smallest = full.config.macs()
     for i in range(1, int(0.9 / step) + 1):  # not a bisection: a layer that would vanish stays whole there
-        masks = _chosen(full, i * step, multiple)
+        masks = _chosen(full, i * step, multiple, IMPORTANCES[importance])
         cost = narrow(full.config, masks).macs()
         if cost <= macs:
             return masks
         smallest = min(smallest, cost)
-    raise ValueError(f"macs={macs:,}: torch-pruning's smallest model has {smallest:,}")
+    raise BudgetImpossible(f"macs={macs:,}: torch-pruning's smallest model has {smallest:,}", smallest)
 
 
-def _chosen(full, ratio, multiple):
+def _chosen(full, ratio, multiple, importance):
     import torch_pruning as tp
 
     copied = _timm(full)
@@ -39,7 +45,7 @@ def _chosen(full, ratio, multiple):
         warnings.filterwarnings("ignore", message="Unwrapped parameters")
         pruner = tp.pruner.BasePruner(
             copied, torch.zeros(1, full.config.in_chans, side, side), pruning_ratio=ratio, global_pruning=True,
-            importance=tp.importance.GroupMagnitudeImportance(), ignored_layers=stay, num_heads=heads,
+            importance=getattr(tp.importance, importance)(), ignored_layers=stay, num_heads=heads,
             prune_num_heads=False, prune_head_dims=True, round_to=multiple,
         )  # fmt: skip
         return _masks(pruner, copied, full.config)

@@ -10,8 +10,9 @@ import torch
 
 from vitlab.compress.tokens.schedule import bipartite_rounds
 
-ACTIONS = ("drop", "fuse", "merge", "ward")
-MERGES = ("merge", "ward")  # they go by likeness alone; the others by score
+ACTIONS = ("drop", "fuse", "merge", "size-priced")
+FORMER = {"ward": "size-priced"}  # in older checkpoints; it is Ward's criterion at power 1 only
+MERGES = ("merge", "size-priced")  # they go by likeness alone; the others by score
 METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
 
 
@@ -170,7 +171,7 @@ def bipartite(keys, merged, prefix, size, power=0.0):
 def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, lengths=False):
     """The plans, in order, that bring the patches down to `keep`: one, or several bipartite rounds.
 
-    score: B P (None for "merge", "ward"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
+    score: B P (None for "merge", "size-priced"); keys: unit vectors B P d (None for "drop", "fuse"); size: B N or None.
     """
     if action == "drop":
         return [Plan(*split_by(score, keep, prefix))]
@@ -178,7 +179,7 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
         return [fuse(score, keep, prefix)]
     found = []
     for _, _, merged in bipartite_rounds(keys.shape[1], keep):
-        plan = bipartite(keys, merged, prefix, size, power if action == "ward" else 0.0)
+        plan = bipartite(keys, merged, prefix, size, power if action == "size-priced" else 0.0)
         found.append(replace(plan, lengths=lengths))
         if plan.rows == prefix + keep:
             break

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitlab.compress.tokens import schedule as schedules
 from vitlab.compress.tokens.adapter import Adapter
-from vitlab.compress.tokens.merge import ACTIONS, MERGES, METRICS
+from vitlab.compress.tokens.merge import ACTIONS, FORMER, MERGES, METRICS
 from vitlab.compress.tokens.reducer import Reducer
 from vitlab.compress.tokens.scores import SCORES, SIGNED
 from vitlab.models.checkpoint import Wrapper, as_dataclass, register
@@ -26,8 +26,9 @@ class TokenConfig:
     or `counts`, the tokens after each block, outright.
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
-    action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "ward": the study's own, a norm-preserving merge of
-    what is alike in the block's normalised input, priced by size ** power (see `merge.bipartite`).
+    action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "size-priced": the study's own, a norm-preserving
+    merge of what is alike in the block's normalised input, priced by size ** power (see `merge.bipartite`; read as
+    "ward" too, which it was called before, though it is Ward's criterion at power 1 only).
     metric: what has to be alike, "key" (mean over heads, ToMe) or "input" (the block's normalised input);
     lengths: merged tokens keep the mean length of their parts. None for both: as the action says above.
     pooled_last: the last block computes only the class tokens that the head reads (same output; mean-pooled
@@ -50,6 +51,7 @@ class TokenConfig:
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "action", FORMER.get(self.action, self.action))
         for name, value in (("protect", self.protect), ("counts", self.counts)):
             if value is not None and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
                 raise ValueError(f"{name}={value!r}: numbers, one a block, are needed, in a tuple or a list")
@@ -73,11 +75,11 @@ class TokenConfig:
     @property
     def likeness(self):
         """What has to be alike for two tokens to be joined: "key" or "input"."""
-        return self.metric or ("input" if self.action == "ward" else "key")
+        return self.metric or ("input" if self.action == "size-priced" else "key")
 
     @property
     def keeps_lengths(self):
-        return self.action == "ward" if self.lengths is None else self.lengths
+        return self.action == "size-priced" if self.lengths is None else self.lengths
 
     def counts_for(self, n, depth, prefix):
         """The tokens after each block of a model with n tokens, `prefix` of them before the patches."""

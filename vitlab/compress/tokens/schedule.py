@@ -78,7 +78,7 @@ def macs(config, tokens):
         MLP         2 t D H (3 with a GLU)              t = m tokens; a under the rule "published"
         pooled-last a D (Q + V) + read (Q D + 2 X a + V D + 2 D H)    the last block, for the rows that the head reads
         score       read a X of the CLS rows (mean-pooled, and for scores of the whole map: P a X); none for "merge" and
-                    "ward", nor where nothing is removed
+                    "size-priced", nor where nothing is removed
         matching    P^2 / 4 a round of pairs, times X / heads by key, D by input
         convolution 9 H over the whole grid of patches, however many are left (pooled-last: none)
     """

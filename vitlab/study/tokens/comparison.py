@@ -17,8 +17,8 @@ from vitlab.compress.tokens import search
 from vitlab.compress.tokens.latency import TokenLatency
 from vitlab.compress.tokens.reduction import ReducedConfig, TokenConfig, reduce_tokens
 from vitlab.compress.tokens.scores import SCORES
-from vitlab.metrics.statistics import holm, paired_difference, paired_seeds
-from vitlab.study.tokens.evaluation import speed
+from vitlab.metrics.statistics import holm
+from vitlab.study.tokens.evaluation import difference, speed
 from vitlab.utils.device import example
 
 CONTROLS = ("random", "grid")
@@ -30,7 +30,7 @@ PRICED_CALIBRATED, CLOCKED = f"{LENGTHS}, calibrated", f"{LENGTHS}, calibrated t
 POOLED = "all tokens, pooled-last block"
 DROPS = {"cls": ATTENTION, "random": RANDOM, "grid": GRID}
 CANDIDATES = tuple({"metric": m, "power": p} for m in ("key", "input") for p in (0.0, 0.25, 0.5, 1.0))
-SIZE_PRICED = {"action": "ward"}
+SIZE_PRICED = {"action": "size-priced"}
 ALONE = TokenConfig(r_max=0.0, pooled_last=True)
 
 
@@ -153,16 +153,6 @@ def paired(evaluators, configs, against="plain"):
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     table = table.assign(p=holm(table.p.tolist()))
     return table.assign(text=table.text + table.p.gt(0.05).map({True: " (unclear)", False: ""}))
-
-
-def difference(right_a, right_b):
-    """Accuracy of a minus that of b, as a `statistics.Difference` on the same images, of one seed or of several.
-
-    right_a, right_b: which images were judged rightly, a bool tensor a seed.
-    """
-    if len(right_a) == 1:
-        return paired_difference(right_a[0], right_b[0])
-    return paired_seeds(right_a, right_b)
 
 
 def payoff(evaluator, calibration, batches, goals=(0.8, 0.65, 0.5), *, passes=100, seconds=0.1, merge=SIZE_PRICED):

@@ -16,7 +16,7 @@ from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics.measure import compare
 from vitlab.metrics.predict import input_size, kl_divergence
-from vitlab.metrics.statistics import t_interval
+from vitlab.metrics.statistics import paired_difference, paired_seeds, t_interval
 from vitlab.utils.device import device_of, example, running
 
 
@@ -85,9 +85,9 @@ class Evaluator:
         own, goal = (logits.double().log_softmax(1) for logits in (self.run(model), self.logits))
         return (goal.exp() * (goal - own)).sum(1)
 
-    def evaluate(self, model, macs=None):
+    def evaluate(self, model, macs=None, logits=None):
         """{"accuracy", "change" (points against the plain model), "kl", "macs", "share" of the plain model's MACs}."""
-        logits, macs = self.run(model), model.macs() if macs is None else macs
+        logits, macs = self.run(model) if logits is None else logits, model.macs() if macs is None else macs
         accuracy = 100 * self.right(logits).double().mean().item()
         kl = max(0.0, kl_divergence(logits, self.logits).item())  # rounding may leave a zero below zero
         return {"accuracy": accuracy, "change": accuracy - self.accuracy, "kl": kl, "macs": macs,
@@ -100,10 +100,19 @@ class Evaluator:
         return {name: t.median_s * 1e3 for name, t in timed.items()}
 
 
+def difference(right_a, right_b):
+    """Accuracy of a minus that of b, as a `statistics.Difference` on the same images, of one seed or of several.
+
+    right_a, right_b: which images were judged rightly, a bool tensor a seed.
+    """
+    return paired_difference(*right_a, *right_b) if len(right_a) == 1 else paired_seeds(right_a, right_b)
+
+
 def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
     """Every (alpha, r_max) for every method {name: options of `reduce_tokens`}, the mean over evaluators (one a seed).
 
-    With `batch`, also latency_ms of that many images, all settings of a method interleaved, on the first of them.
+    low, high: the 95 % interval of the change. With `batch`, also latency_ms of that many images, all settings of a
+    method interleaved, on the first of them.
     """
     rows = []
     for name, options in methods.items():
@@ -111,9 +120,12 @@ def sweep(evaluators, methods, alphas, r_maxes=(0.6,), *, batch=0, seconds=0.1):
         models = {c: [reduce_tokens(e.plain, c) for e in evaluators] for c in grid}
         times = evaluators[0].times({c: m[0] for c, m in models.items()}, batch, seconds) if batch else {}
         for config, each in models.items():
-            found = pd.DataFrame([e.evaluate(m) for e, m in zip(evaluators, each)])
+            logits = [e.run(m) for e, m in zip(evaluators, each)]
+            found = pd.DataFrame([e.evaluate(m, logits=own) for e, m, own in zip(evaluators, each, logits)])
+            apart = difference([e.right(own) for e, own in zip(evaluators, logits)], [e.correct for e in evaluators])
             about = {"method": name, "alpha": config.alpha, "r_max": config.r_max, "tokens": each[0].tokens}
-            rows.append(about | found.mean().to_dict() | {"latency_ms": times.get(config), "config": config})
+            rows.append(about | found.mean().to_dict() | {"low": apart.low, "high": apart.high,
+                                                          "latency_ms": times.get(config), "config": config})
     return pd.DataFrame(rows)
 
 
@@ -156,7 +168,7 @@ def adaptive(evaluator, fitting, strengths=(0.3, 0.6, 0.9), *, alpha=1.5, **opti
     closer: by how much the choice lowers the KL of its control, on the same images; low and high: its 95 % interval.
     """
     model = reduce_tokens(evaluator.plain)
-    base = {"action": "ward"} | options | {"alpha": alpha, "protect": (0,)}
+    base = {"action": "size-priced"} | options | {"alpha": alpha, "protect": (0,)}
     levels = [TokenConfig(r_max=r, **base) for r in strengths]
     costs = [reduce_tokens(evaluator.plain, level).macs() for level in levels]
     by_entropy, learnt = (AdaptiveViT(model, levels, [0.0] * (len(levels) - 1)).eval() for _ in range(2))

@@ -22,7 +22,7 @@ def live():
     return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
 
 
-def draw(evaluator, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="ward"):
+def draw(evaluator, image=0, *, alpha=1.5, r_max=0.6, score="cls", action="size-priced"):
     """One image of an `Evaluator` after each block, and its probabilities plain and reduced."""
     model = reduce_tokens(evaluator.plain, alpha=alpha, r_max=r_max, score=score, action=action)
     one = evaluator.images[image : image + 1]
@@ -51,7 +51,7 @@ def panel(evaluators, *, interactive=None, **start):
     import ipywidgets as w
     from IPython.display import display
 
-    start = {"alpha": 1.5, "r_max": 0.6, "score": "cls", "action": "ward", "image": 0} | start
+    start = {"alpha": 1.5, "r_max": 0.6, "score": "cls", "action": "size-priced", "image": 0} | start
     last = min(len(e.labels) for e in evaluators.values()) - 1
     knobs = {
         "model": w.Dropdown(options=list(evaluators)),

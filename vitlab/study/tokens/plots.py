@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.compress.tokens.merge import MERGES
-from vitlab.study.plots import WIDTH, colours, faded
+from vitlab.study.plots import WIDTH, colours, faded, name_beside
 from vitlab.study.tokens.comparison import DROPS
 
 
@@ -29,6 +29,21 @@ def heatmaps(sweeps, columns, *, title=""):
             ax.set_title(f"{name}: {label}", fontsize=8)
             ax.tick_params(axis="y", rotation=0)
     figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def changes(rows, *, title=""):
+    """Change of accuracy of a `sweep` against alpha, one line a method, named at its end, with 95 % intervals."""
+    figure, ax = plt.subplots(figsize=(WIDTH * 0.75, 3))
+    ends = {}
+    for name, (colour, marker) in colours(rows.method).items():
+        part = rows[rows.method == name].sort_values("alpha")
+        ax.errorbar(part.alpha, part.change, (part.change - part.low, part.high - part.change), color=colour,
+                    marker=marker, markersize=5, elinewidth=1)  # fmt: skip
+        ends[name] = part.alpha.iloc[-1], part.change.iloc[-1], colour
+    ax.axhline(0, color="0.3", linestyle="--", linewidth=1)
+    ax.set(xlabel="alpha", ylabel="change of validation\naccuracy (points)", title=title)
+    name_beside(ax, ends | {"plain": (ax.get_xlim()[1], 0, "0.3")})
     return figure
 
 
@@ -79,20 +94,23 @@ def divergence(rows, *, title=""):
 
 
 def frontier(rows, names, *, title=""):
-    """Change of accuracy against MACs and against time (both in % of plain), a line through each method's shares.
+    """Change of accuracy against MACs and against time (both in % of plain), a named line through a method's shares.
 
     The axis ends a little below the merging methods: what is far worse runs out of it.
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH * 1.2, 3.4), sharey=True)
+    ends = {"plain": (100, 0, "k")}
     for ax, (column, label) in zip(axes, {"share": "MACs", "time": "latency of the batch"}.items()):
         for name, (colour, marker) in colours(names).items():
             part = rows[rows.method == name].sort_values(column)
-            ax.plot(100 * part[column], part.change, color=colour, marker=marker, markersize=5, label=name)
-        ax.plot(100, 0, "k*", markersize=11, label="plain")
+            ax.plot(100 * part[column], part.change, color=colour, marker=marker, markersize=5)
+            if len(part):
+                ends[name] = 100 * part[column].iloc[-1], part.change.iloc[-1], colour
+        ax.plot(100, 0, "k*", markersize=11)
         ax.set(xlabel=f"{label} (% of plain)")
     low, high = rows[rows.method.isin(set(names) - set(DROPS.values()))].change.min(), rows.change.max()
     axes[0].set(ylabel="change of validation accuracy (points)", ylim=(1.15 * low - 0.2, max(high, 0) + 0.3))
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    name_beside(axes[1], ends)
     figure.suptitle(title, fontsize=10)
     return figure
 
