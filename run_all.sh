@@ -7,6 +7,8 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv=$here/.venv
 # threads that wait sleep: spinning ones stop each other where another program is busy, too
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# every process imports torch: half of that time is compiling its sources, where no bytecode may be kept
+unset PYTHONDONTWRITEBYTECODE
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" VITLAB_PROG=run_all.sh
 
 die() { echo "run_all.sh: $*" >&2; exit 2; }
