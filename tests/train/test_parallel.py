@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,17 +45,16 @@ def cases(data):
     return found
 
 
-def torchrun(*command, **environment):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))} | environment
-    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=500)
+def python(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_two_processes_train_what_one_does(data, tmp_path):
     torch.save(data, tmp_path / "data.pt")
-    torchrun(__file__, tmp_path)
+    python(__file__, tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of the two: threads, too, add in another order
     alone = cases(data)
@@ -83,7 +83,8 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_check_deadline", spent)
     assert cli.main([*TRAIN, "--checkpoint", str(both)]) == 75
     monkeypatch.delenv("VITLAB_DEADLINE")
-    said = torchrun("-m", "vitlab", *TRAIN, "--checkpoint", both, "--resume")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    said = python(*torchrun, "-m", "vitlab", *TRAIN, "--checkpoint", both, "--resume")
     assert said.count("epoch 2/2") == 1 and "epoch 1/2" not in said, "one process speaks"
     alone, shared = (checkpoint.load(path).state_dict() for path in (one, both))
     for name, weight in alone.items():
@@ -106,5 +107,13 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    child = os.fork()  # the other process, in which torch is not imported once more, as torchrun's would
+    os.environ |= {"RANK": "0" if child else "1", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with parallel.joined(torch.device("cpu")):
         torch.save(cases(torch.load(folder / "data.pt", weights_only=False)), folder / f"{parallel.rank()}.pt")
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
