@@ -92,7 +92,8 @@ run_notebooks() {
         { rm -rf "$scratch"; return 1; }
     all=("$copies"/*.ipynb)
     local options=(--nbval-lax --nbval-current-env --nbval-cell-timeout=300)
-    export VITLAB_ROOT=$scratch OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}
+    # figures are written as PNG alone, for time: tests/study/test_plots.py has the PDF
+    export VITLAB_ROOT=$scratch VITLAB_PDF=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}
     if [ ${#all[@]} -gt 1 ]; then side_by_side "$1" "${options[@]}" "${all[@]::${#all[@]}-1}" || code=$?; fi
     "$1" -m pytest "${options[@]}" "${all[${#all[@]}-1]}" || code=$?
     rm -rf "$scratch"

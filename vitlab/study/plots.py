@@ -1,6 +1,7 @@
 """Every figure of the study, in one theme that colour-blind readers can tell apart."""
 
 import math
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,9 +33,12 @@ def theme():
 
 
 def save(figure, path):
-    """Write `figure` to path.png and path.pdf, each whole or not at all; the figure comes back."""
+    """Write `figure` to path.png and path.pdf, each whole or not at all; the figure comes back.
+
+    VITLAB_PDF=0 leaves the PDF out.
+    """
     path = Path(path)
-    for kind in ("png", "pdf"):
+    for kind in ("png",) if os.environ.get("VITLAB_PDF") == "0" else ("png", "pdf"):
         # no date in the PDF: the same figure is the same file
         extra = {"metadata": {"CreationDate": None}} if kind == "pdf" else {}
         with atomic(path.with_name(f"{path.name}.{kind}")) as part:
