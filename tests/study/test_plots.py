@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vitlab.study import plots
+from vitlab.study.label_plots import name_beside
 
 matplotlib.use("Agg")
 
@@ -69,13 +70,13 @@ def test_names_stand_beside_their_points_in_order_and_apart():
     ax = matplotlib.pyplot.subplots(figsize=(4, 3))[1]
     heights = {"a": 1.0, "$b": 1.001, "c": 1.002, "d": 10.0, "missing": float("nan")}
     ax.plot([0, 1], [0, 10])
-    plots.name_beside(ax, {name: (1, y, "C0") for name, y in heights.items()})
+    name_beside(ax, {name: (1, y, "C0") for name, y in heights.items()})
     places = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert list(places) == ["a", r"\$b", "c", "d"]
     inches = np.diff(list(places.values())) * ax.get_position().height * 3
     assert (inches > 0.149).all() and places["d"] > 0.9
     assert abs(np.mean(list(places.values())[:3]) - ax.texts[1].xy[1]) < 0.01  # around their points
-    plots.name_beside(ax, {str(i): (1, 5, "C0") for i in range(40)})  # more than fit: beyond both ends alike
+    name_beside(ax, {str(i): (1, 5, "C0") for i in range(40)})  # more than fit: beyond both ends alike
     many = [text.get_position()[1] for text in ax.texts[-40:]]
     assert many[0] < 0 and abs(many[0] + many[-1] - 1) < 1e-9
     matplotlib.pyplot.close("all")

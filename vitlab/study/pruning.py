@@ -18,6 +18,7 @@ from vitlab.metrics.measure import accuracy, compare
 from vitlab.metrics.predict import logits
 from vitlab.metrics.statistics import paired_difference
 from vitlab.study import plots
+from vitlab.study.label_plots import name_beside
 from vitlab.study.study import Arm
 from vitlab.train.loop import History, cross_entropy
 from vitlab.utils.device import device_of, example
@@ -193,7 +194,7 @@ def ranking(rows, title=""):
         ax.yaxis.set_minor_formatter("{x:g}")
     axes[0].set(xlabel="MACs (M)", ylabel="change in validation\naccuracy (points)", title=title)
     axes[1].set(xlabel=f"latency of {int(before.images)} images (ms)")
-    plots.name_beside(axes[1], ends)
+    name_beside(axes[1], ends)
     return figure
 
 

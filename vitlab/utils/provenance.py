@@ -48,7 +48,7 @@ def _versions():
 @functools.lru_cache(maxsize=1)
 def _checkout(minute):
     """(commit, dirty), asked once a minute: git takes longer than a row, and rows are written by the dozen."""
-    changed = _git("status", "--porcelain", "--", "vitlab", "notebooks", "presets")
+    changed = _git("status", "--porcelain", "--", ":/vitlab", ":/notebooks", ":/presets")
     return _git("rev-parse", "--short=12", "HEAD") or None, None if changed is None else bool(changed)
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.compress.tokens.merge import MERGES
-from vitlab.study.plots import WIDTH, colours, faded, name_beside
+from vitlab.study.label_plots import name_beside
+from vitlab.study.plots import WIDTH, colours, faded
 from vitlab.study.tokens.comparison import DROPS
 
 
