@@ -102,11 +102,11 @@ def compare(dim, seconds, rounds):
     command = [sys.executable, __file__, "--dims", str(dim), "--worker"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # threads that wait sleep, in all alike
-    runs = {name: subprocess.Popen([*command, name], env=threads.PASSIVE | os.environ, **pipes)
-            for name in (*OURS, *PEERS)}  # fmt: skip
+    runs = {}
     try:
-        for name, run in runs.items():
-            if run.stdout.readline().strip() != "ready":
+        for name in (*OURS, *PEERS):  # one after another, since threads and precision are chosen by short timings
+            runs[name] = subprocess.Popen([*command, name], env=threads.PASSIVE | os.environ, **pipes)
+            if runs[name].stdout.readline().strip() != "ready":
                 raise RuntimeError(f"{name} did not start")
         found = {name: [] for name in runs}
         for _ in range(rounds):
