@@ -23,7 +23,7 @@ from vitlab.utils import threads
 
 START = {"batch": 16, "tokens": 64, "width": 128}
 SIZES = {"batch": (8, 16, 32, 64, 128), "tokens": (16, 64, 256, 576, 1024), "width": (64, 128, 256, 384, 512)}
-RUNS = {"images": (500, 1000, 2000, 4000, 8000), "seeds": (1, 2, 4, 8)}  # each seed with the fewest images
+RUNS = {"images": (500, 1000, 2000, 4000), "seeds": (1, 2, 4)}  # each seed with the fewest images
 NAMES = {"batch": "images in a batch", "images": "images in an epoch", "seeds": "seeds, in turn"}
 
 
