@@ -5,7 +5,8 @@ import pytest
 from vitlab.data import datasets as data
 from vitlab.metrics import measure
 from vitlab.models import checkpoint
-from vitlab.study.study import DEMO
+from vitlab.study import zoo
+from vitlab.study.study import DEMO, arm_key
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,19 @@ def test_the_newer_recipe_is_the_better_one(tiny):
     assert min(after) > before
 
 
+@pytest.mark.parametrize("name, file", [("S0/dense", "S0-dense-12"), ("S0/dense-6", "S0-dense-6")])
+def test_sparse_vits_dense_models_are_as_published_and_have_learnt(tiny, name, file):
+    path, spec = DEMO / f"{file}-cifar10.safetensors", zoo.get(name)
+    about = checkpoint.read(path).about
+    assert about["key"] == arm_key(spec.config, spec.recipe, about["data"])
+    assert len(about["history"]) == spec.recipe.epochs == 3 and about["history"][-1]["val_accuracy"] > 45
+    few = tiny.test.take(200)
+    found = measure.accuracy(checkpoint.load(path), few, mean=tiny.mean, std=tiny.std, num_classes=10).top1
+    assert found > 35, "200 real images; 10 % would be chance"
+
+
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 5 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 7 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6
