@@ -18,13 +18,12 @@ from torch import nn
 from vitlab.data.augment import Augment, mix, normalize
 from vitlab.data.datasets import batches
 from vitlab.metrics.predict import input_size, logits
-from vitlab.train import parallel
+from vitlab.train import parallel, shares
 from vitlab.train.precision import faster_dtype
 from vitlab.train.progress import line, progress_bar
 from vitlab.train.recipe import DTYPES, Recipe
 from vitlab.train.resume import TrainingState, carry_state
 from vitlab.utils import rng
-from vitlab.utils.device import autocast
 
 __all__ = ["Batch", "BudgetSpent", "History", "NotFinite", "Recipe", "cross_entropy", "fit", "hits"]
 
@@ -95,6 +94,7 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     checkpoint: path of the resumable state (safetensors), written at the end of an epoch when the last one
     is `save_every` seconds old, and within an epoch every `save_within` seconds; a run found there goes on. At the
     end the model holds the averaged weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
+    On a CPU a model that has no batch norm or dropout is trained by threads that share out each batch (see `shares`).
 
     Raises NotFinite (the checkpoint stays the last good one), BudgetSpent when the environment's VITLAB_DEADLINE (unix
     seconds) is near, ValueError for a checkpoint of another run, and data of one class or not of the model's number.
@@ -107,7 +107,7 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
             log(f"batch={recipe.batch} is larger than the {images} training images: they are taken as one batch")
         recipe = dataclasses.replace(recipe, batch=images)
     parallel.check(recipe.batch)
-    run = _Run(model, data, recipe, objective, device, checkpoint)
+    run = _Run(model, data, recipe, objective, device, checkpoint, on_epoch)
     history = History()
     rng.seed_all(recipe.seed)
     state = TrainingState(checkpoint, recipe, run, on_epoch)
@@ -158,9 +158,9 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
 class _Run:
     """What stays the same over the epochs of one run."""
 
-    def __init__(self, model, data, recipe, objective, device, checkpoint):
+    def __init__(self, model, data, recipe, objective, device, checkpoint, on_epoch=()):
         self.model, self.data, self.recipe, self.objective = model, data, recipe, objective
-        self.device, self.checkpoint = device, checkpoint
+        self.device, self.checkpoint, self.on_epoch = device, checkpoint, on_epoch
         self.dtype = recipe.torch_dtype(device)
         self.size = input_size(model, data.image_size)
         self.augment = Augment(recipe.augment, mean=data.mean)
@@ -177,8 +177,14 @@ class _Run:
         self.named = dict(self.model.named_parameters())
         decay = self.recipe.ema
         self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
-        forward = torch.compile(self.model, dynamic=False) if self.recipe.compiles(self.device) else self.model
-        self.loss = parallel.replicated(self.objective, forward)
+        compiles, count = self.recipe.compiles(self.device), 1
+        forward = torch.compile(self.model, dynamic=False) if compiles else self.model
+        plain = not (self.on_epoch or compiles) and self.objective is cross_entropy and parallel.ranks() == 1
+        if plain and self.device.type == "cpu":
+            few = normalize(self.data.train.images[:2], self.data.mean, self.data.std, size=self.size)
+            count = shares.how_many(self.model.train(), few, self.recipe.batch)
+        loss = parallel.replicated(self.objective, forward)
+        self.gradient = shares.Gradient(loss, self.parameters, self.device, count)
 
     def reshaped(self, carry):
         """Go on with a model of which a hook took parts away; None: it took none (see `fit`)."""
@@ -249,10 +255,8 @@ class _Run:
             smoothing=recipe.smoothing,
         )  # fmt: skip
         images, targets, labels = parallel.shard(images, targets, labels)
-        with autocast(self.device, self.dtype):
-            loss, logs = self.loss(Batch(images, targets, labels, epoch))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, logs = self.gradient(Batch(images, targets, labels, epoch), self.dtype)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
         self.optimizer.step()
