@@ -1,8 +1,8 @@
 """Loss and gradient of a batch; on the CPU by several threads, each with a share of the images.
 
 Threads that share out every operation wait for each other after each. Shares of a batch need not, until their gradients
-are added: on two cores a plain ViT so trains 1.0 to 1.5 times as fast (bench/train.py). The sums are added in another
-order than by one thread, but always in the same one.
+are added (bench/train.py times training). The sums are added in another order than by one thread, but always in the
+same one.
 """
 
 import dataclasses
