@@ -5,6 +5,7 @@ backward pass is that of a relaxed mask. In eval mode there is no noise. What ha
 softmax attention. Taking heads away and the schedules are `vitlab.compress.sparsify`'s.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +14,7 @@ from vitlab.models.attention import ATTENTIONS, Attention
 
 SCORES = ("attention", "learned")
 GATES = ("none", "l1", "hard-concrete")
-PIECE = 2**19  # elements of a table worked on at a time on a CPU: they stay in a core's cache
+PIECE = 2**17  # elements of a table worked on at a time on a CPU: they stay in a core's cache
 STRETCH, BETA = (-0.1, 1.1), 2 / 3  # of the hard-concrete distribution (Louizos et al. 2018, section 4)
 
 
@@ -66,16 +67,16 @@ class TopKAttention(Attention):
     def scores(self, q, k, logits):
         """What ranks the keys of each query, B heads N N; noisy while training, infinite for prefix tokens."""
         if self.block > 1:
-            scores = (self.means(q) @ self.means(k).mT * self.scale).float()
+            scores = self.means(q) * self.scale @ self.means(k).mT
+        elif self.rank is not None:
+            scores = q * self.rank.to(q.dtype).view(self.heads, 1, -1) @ k.mT
         else:
             scores = logits
-            if self.rank is not None:
-                scores = (q * self.rank.to(q.dtype).view(self.heads, 1, -1) @ k.mT).float()
-        if self.training:
-            scores = scores + gumbel(scores)
+        scores = gumbel(scores).add_(scores) if self.training else scores.clone()
         if self.block > 1:
             return scores.repeat_interleave(self.block, -1).repeat_interleave(self.block, -2)
-        return F.pad(scores[..., self.prefix :], (self.prefix, 0), value=torch.inf) if self.prefix else scores
+        scores.detach()[..., : self.prefix] = torch.inf  # chosen anyway: no gradient is lost
+        return scores
 
     def means(self, x):
         """B heads N width -> the mean of each block of tokens, B heads N/block width."""
@@ -83,14 +84,14 @@ class TopKAttention(Attention):
 
     def weights(self, q, k):
         """The attention weights, B heads N N: zero but for k keys a query, rows sum to 1."""
-        logits = (q @ k.mT).float() * self.scale
+        logits = q * self.scale @ k.mT
         if self.k >= self.tokens:
-            return logits.softmax(dim=-1)
+            return logits.float().softmax(dim=-1)
         scores = self.scores(q, k, logits)
         if self.training:
             return top_k_softmax(logits, scores, self.k, self.tau)
         least = scores.topk(self.k, sorted=False).values.amin(dim=-1, keepdim=True)
-        return logits.masked_fill(scores < least, -torch.inf).softmax(dim=-1)
+        return logits.float().masked_fill(scores < least, -torch.inf).softmax(dim=-1)
 
     # ------------------------------------------------------------------------------------------ the layer
 
@@ -163,7 +164,7 @@ class TopKAttention(Attention):
 
 def gumbel(like):
     """Standard Gumbel noise: the top k of scores plus noise are k draws without replacement (Plackett-Luce)."""
-    return torch.rand_like(like, dtype=torch.float32).log_().neg_().log_().neg_()
+    return torch.rand_like(like, dtype=_exact(like)).log_().neg_().log_().neg_()
 
 
 def level(scores, k, tau, start, steps=6):
@@ -171,12 +172,14 @@ def level(scores, k, tau, start, steps=6):
 
     A good start is the middle between the k-th largest score and the next: there it is for a small tau.
     """
-    lam = start
+    scaled, lam = scores / tau, start / tau
+    soft = torch.empty_like(scaled)
     for _ in range(steps):
-        soft = ((scores - lam) / tau).sigmoid()
-        slope = (soft * (1 - soft)).sum(dim=-1, keepdim=True).clamp_min(1e-6)
-        lam = lam + tau * ((soft.sum(dim=-1, keepdim=True) - k) / slope).clamp(-2, 2)
-    return lam
+        torch.sub(scaled, lam, out=soft).sigmoid_()
+        total = soft.sum(dim=-1, keepdim=True)
+        slope = total - torch.linalg.vector_norm(soft, dim=-1, keepdim=True).square()
+        lam = lam + ((total - k) / slope.clamp_min(1e-6)).clamp(-2, 2)
+    return lam * tau
 
 
 class _TopKSoftmax(torch.autograd.Function):
@@ -185,38 +188,55 @@ class _TopKSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, scores, k, tau):
         ctx.k, ctx.tau = k, tau
-        mask, out = torch.empty_like(scores, dtype=torch.bool), torch.empty_like(logits)
-        total, start = (logits.new_empty(*logits.shape[:-1], 1) for _ in range(2))
-        for i in _pieces(logits):
-            best = scores[i].topk(k + 1, sorted=False).values
-            after, least = best.topk(2, largest=False).values.split(1, dim=-1)  # the first not chosen, the last chosen
-            mask[i], start[i] = scores[i] >= least, (after + least) / 2
-            kept = logits[i].masked_fill(~mask[i], -torch.inf)
-            total[i] = kept.logsumexp(dim=-1, keepdim=True)
-            out[i] = (kept - total[i]).exp()
-        ctx.save_for_backward(logits, scores, mask, total, start)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        total, least, after = (logits.new_empty(logits[..., 0].numel(), 1, dtype=_exact(logits)) for _ in range(3))
+        for i, logit, score, weight in _pieces(logits, scores, out):
+            after[i], least[i] = _edge(score, k)
+            kept = torch.ge(score, least[i], out=torch.empty_like(score)).sub_(1).mul_(1e30).add_(logit)
+            shares = kept.softmax(dim=-1)
+            total[i] = kept.amax(dim=-1, keepdim=True) - shares.amax(dim=-1, keepdim=True).log()
+            weight.copy_(shares)
+        ctx.save_for_backward(logits, scores, total, least, after)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        logits, scores, mask, total, start = ctx.saved_tensors
-        to_logits, to_scores = torch.empty_like(logits), torch.empty_like(scores)
-        for i in _pieces(logits):
-            ratio = (logits[i] - total[i]).exp()  # what each key weighs, or would weigh if it were chosen
-            middle = (ratio * mask[i] * grad[i]).sum(dim=-1, keepdim=True)
-            to_mask = ratio * (grad[i] - middle)
-            to_logits[i] = to_mask * mask[i]
-            soft = ((scores[i] - level(scores[i], ctx.k, ctx.tau, start[i])) / ctx.tau).sigmoid()
-            slope = soft * (1 - soft) / ctx.tau
+        logits, scores, total, least, after = ctx.saved_tensors
+        to_logits, to_scores = (
+            torch.empty_like(table, memory_format=torch.contiguous_format) for table in (logits, scores))
+        for i, logit, score, back, to_logit, to_score in _pieces(logits, scores, grad, to_logits, to_scores):
+            mask = torch.ge(score, least[i], out=torch.empty_like(score))
+            ratio = (logit - total[i]).exp_()  # what each key weighs, or would weigh if it were chosen
+            middle = (ratio * mask).mul_(back).sum(dim=-1, keepdim=True)
+            to_mask = (back - middle).mul_(ratio)
+            to_logit.copy_(mask.mul_(to_mask))
+            start = (after[i] + least[i]) / 2
+            soft = (score - level(score, ctx.k, ctx.tau, start)).div_(ctx.tau).sigmoid_()
+            slope = torch.addcmul(soft, soft, soft, value=-1).div_(ctx.tau)
             share = (slope * to_mask).sum(dim=-1, keepdim=True) / slope.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-            to_scores[i] = slope * (to_mask - share)
+            torch.mul(slope, to_mask.sub_(share), out=to_score)
         return to_logits, to_scores, None, None
 
 
-def _pieces(table):
-    """Slices of the first axis; one on a GPU."""
-    step = len(table) if table.is_cuda else max(1, PIECE // table[0].numel())
-    return [slice(i, i + step) for i in range(0, len(table), step)]
+def _exact(table):
+    """The type that a table is worked on in: at least float32."""
+    return torch.promote_types(table.dtype, torch.float32)
+
+
+def _edge(scores, k):
+    """(the largest score that is not chosen, the smallest that is) of each row, ... 1."""
+    if scores.is_cpu:  # numpy sorts whole rows in an eighth of the time in which torch finds the best
+        at = scores.shape[-1] - k
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1)[..., at - 1 : at + 1]).split(1, dim=-1)
+    return scores.topk(k + 1, sorted=False).values.topk(2, largest=False).values.split(1, dim=-1)
+
+
+def _pieces(*tables):
+    """(slice, and that of each table) over the rows of tables of one shape; one piece on a GPU."""
+    rows = [table.reshape(-1, table.shape[-1]) for table in tables]
+    step = len(rows[0]) if rows[0].is_cuda else max(1, PIECE // rows[0].shape[1])
+    for i in range(0, len(rows[0]), step):
+        yield slice(i, i + step), *(table[i : i + step] for table in rows)
 
 
 @torch.compiler.disable
