@@ -177,8 +177,11 @@ def level(scores, k, tau, start, steps=6):
     for _ in range(steps):
         torch.sub(scaled, lam, out=soft).sigmoid_()
         total = soft.sum(dim=-1, keepdim=True)
+        off = total - k
+        if off.is_cpu and off.abs().max() < 1e-4:
+            break
         slope = total - torch.linalg.vector_norm(soft, dim=-1, keepdim=True).square()
-        lam = lam + ((total - k) / slope.clamp_min(1e-6)).clamp(-2, 2)
+        lam = lam + (off / slope.clamp_min(1e-6)).clamp(-2, 2)
     return lam * tau
 
 
