@@ -9,6 +9,7 @@ import torch
 from metrics_cases import PIXELS, linear_model, random_split, small_timm
 
 from vitlab.metrics.measure import accuracy, score
+from vitlab.metrics.statistics import unpacked
 
 
 def by_hand(outputs, labels, classes, bins=15):
@@ -45,6 +46,10 @@ def test_accuracy_equals_figures_worked_out_by_hand(classes):
     assert found.confusion == confusion.tolist()
     assert found.per_class == pytest.approx(tuple(100 * confusion.diagonal() / confusion.sum(1)))
     assert found.n == 301
+    assert unpacked(found.right, 301).tolist() == (outputs.argmax(1) == split.labels.numpy()).tolist()
+    for n in (300 - 8, 320):
+        with pytest.raises(ValueError, match=f"do not tell of {n} images"):
+            unpacked(found.right, n)
     json.dumps(dataclasses.asdict(found), allow_nan=False)
 
 

@@ -39,9 +39,10 @@ def test_seeds_that_only_one_arm_has_are_left_out():
 
 
 def test_an_order_is_told_by_the_step_that_holds_least():
-    held, step = ordered(rows(ARMS), ("b", "c", "a"))
+    held, step, shared = ordered(rows(ARMS), ("b", "c", "a"))
+    assert shared == noise.image_noise(rows(ARMS))
     assert held == [True, True, True] and step == pytest.approx([0.3, 0.1, 0.2])  # c over a, not b over c
-    held, step = ordered(rows(ARMS), ("b", "a"), ("d", "c"))
+    held, step, _ = ordered(rows(ARMS), ("b", "a"), ("d", "c"))
     assert held == [False] * 3 and step == pytest.approx([-70.3, -71.1, -72.2])
     partly = rows(ARMS).query("arm != 'b' or seed < 2")
     assert ordered(partly, ("b", "a"))[1] == pytest.approx([1.8, 1.8])

@@ -82,9 +82,11 @@ def test_what_an_arm_starts_from_is_in_its_key(key):
     assert len(set(keys)) == len(starts)
 
 
-def test_how_a_run_is_executed_is_not_in_its_key(key):
-    faster = dataclasses.replace(RECIPES[0], compile="on", dtype="bfloat16")
-    assert key(VIT, faster, 0, "a", {}) == key(VIT, RECIPES[0], 0, "a", {})
+def test_compiled_or_not_is_not_in_the_key_but_a_fixed_number_format_is(key):
+    recipes = [dataclasses.replace(RECIPES[0], **how) for how in ({"compile": "on"}, {"dtype": "bfloat16"},
+                                                                  {"dtype": "float32"})]  # fmt: skip
+    same, half, exact = (key(VIT, recipe, 0, "a", {}) for recipe in recipes)
+    assert len({same, half, exact}) == 3 and same == key(VIT, RECIPES[0], 0, "a", {})
 
 
 def test_a_recipes_own_seed_gives_way_to_the_arms(key):

@@ -1,10 +1,13 @@
 """The noise that verdicts and sentences allow for."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from vitlab.study.noise import change, changes, image_noise, interval, no_loss_p, p_value, run_noise
+from vitlab.metrics.statistics import packed
+from vitlab.study.comparisons import compared
+from vitlab.study.noise import change, changes, image_noise, interval, no_loss_p, p_value, paired_image_noise, run_noise
 
 
 def test_run_noise_is_that_of_the_seed_and_of_the_images():
@@ -58,6 +61,30 @@ def test_more_seeds_do_not_lessen_what_the_test_images_leave_open():
     assert interval([1.0], 0.5, 2.0)[2] > interval([1.0, 1.0, 1.0], 0.5, 2.0)[2] > stats.t.ppf(0.975, 12) * 2.0
     assert p_value([3.0] * 9, 0.5, 5.0) > 0.5 > p_value([3.0] * 9, 0.5)
 
+
+def test_only_images_on_which_two_arms_disagree_leave_their_difference_open():
+    """One seed: McNemar's variance, by hand; more: that of the images' mean differences. Independent runs agree with
+    the binomial noise, the same run with itself has none."""
+    draw = np.random.default_rng(0)
+    a, b = draw.random((2, 3, 4000)) < 0.8
+    b[0, :3600] = a[0, :3600]  # seed 0: alike on most images
+    runs = [(arm, seed, right) for arm, of in (("a", a), ("b", b)) for seed, right in enumerate(of)]
+    rows = pd.DataFrame([{"arm": arm, "seed": seed, "n": 4000, "accuracy_top1": 100 * right.mean(),
+                          "right": packed(right)} for arm, seed, right in runs])  # fmt: skip
+    first = rows[rows.seed == 0]
+    up, down = (a[0] & ~b[0]).sum() / 4000, (b[0] & ~a[0]).sum() / 4000
+    mcnemar = (up + down - (up - down) ** 2) / 4000
+    assert paired_image_noise(first, "a", "b") == pytest.approx(100 * (mcnemar / 2) ** 0.5)
+    assert paired_image_noise(rows[rows.seed == 1], "a", "b") == pytest.approx(image_noise(rows), rel=0.05)
+    by_hand = (a.astype(float) - b).mean(0).std() / (2 * 4000) ** 0.5
+    assert paired_image_noise(rows, "a", "b") == pytest.approx(100 * by_hand)
+    assert paired_image_noise(rows, "a", "a") == 0
+    untold = rows.assign(right=None)
+    assert paired_image_noise(untold, "a", "b") == image_noise(untold)
+    elsewhere = rows.assign(dataset=rows.arm)
+    assert paired_image_noise(elsewhere, "a", "b") == image_noise(elsewhere)
+    assert change(rows, "a", "b") == change(rows, "a", "b", paired_image_noise(rows, "a", "b"))
+    assert compared(rows, {"x": ("a", "b"), "y": ("b", "a")}).p["x"] == compared(rows, {"y": ("a", "b")}).p["y"] * 2
 
 def test_no_loss_by_the_spread_of_paired_differences():
     """Against scipy's one-sided t-test."""

@@ -12,6 +12,7 @@ from vitlab.metrics.counts import macs, macs_by_module, macs_by_part, parameters
 from vitlab.metrics.meters import compare, latency, peak_memory, training_step
 from vitlab.metrics.power import energy_per_image
 from vitlab.metrics.predict import input_size, logits
+from vitlab.metrics.statistics import packed
 from vitlab.utils.checks import is_number
 from vitlab.utils.device import device_name, device_of, example
 
@@ -28,7 +29,7 @@ class Accuracy:
 
     top5: None with fewer than five classes. ece: expected calibration error (Guo et al. 2017, eq. 3) over
     15 bins of equal width. per_class: recall, None for a class without images. confusion: images counted,
-    rows are the truth, columns the prediction.
+    rows are the truth, columns the prediction. right: whether each image was judged rightly, see `statistics.packed`.
     """
 
     top1: float
@@ -38,6 +39,7 @@ class Accuracy:
     per_class: tuple
     confusion: list
     n: int
+    right: str
 
 
 def accuracy(model, split, *, mean, std, num_classes, size=None, batch_size=512, dtype=None):
@@ -74,6 +76,7 @@ def score(outputs, labels, num_classes):
         per_class=tuple(100 * row[k] / sum(row) if any(row) else None for k, row in enumerate(confusion.tolist())),
         confusion=confusion.tolist(),
         n=n,
+        right=packed(right),
     )
 
 
@@ -150,9 +153,10 @@ def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256,
     device: the model is moved there (default: where it is). dtype: autocast. batch: images in a pass for
     throughput, peak memory and energy. seconds: time for each of latency and throughput.
 
-    Beside COLUMNS: device (name), dtype, threads, shape, n (images judged), and not_measured, the reasons for
-    None. peak_mb is weights + input + activations of one pass at `batch`; 1 MB is 1e6 bytes. ValueError when
-    the shape cannot be known, for a batch below 1 or seconds that are not above 0 and finite, and as in `accuracy`.
+    Beside COLUMNS: device (name), dtype, threads, shape, n (images judged), right (which of them rightly, see
+    `statistics.packed`), and not_measured, the reasons for None. peak_mb is weights + input + activations of one pass
+    at `batch`; 1 MB is 1e6 bytes. ValueError when the shape cannot be known, for a batch below 1 or seconds that are
+    not above 0 and finite, and as in `accuracy`.
     """
     if not (is_number(seconds) and seconds > 0):
         raise ValueError(f"seconds={seconds!r}: a time above 0 is needed")
@@ -198,6 +202,7 @@ def measure(model, data=None, *, shape=None, device=None, dtype=None, batch=256,
                "mj_per_image": energy.reason, "accuracy_top5": "fewer than five classes" if scores else ""}
     return row | {
         "n": scores and scores.n,
+        "right": scores and scores.right,
         "shape": list(shape),
         "device": device_name(device),
         "dtype": str(dtype or one.dtype).removeprefix("torch."),

@@ -3,10 +3,12 @@
 One sign convention: a change in accuracy, in points, negative = worse.
 """
 
+import base64
 import math
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+import numpy as np
 import torch
 from scipy.special import stdtr, stdtrit
 
@@ -27,6 +29,19 @@ class Difference:
 
     def __str__(self):
         return f"{self.points:+.2f} points (95 %: {self.low:+.2f} to {self.high:+.2f})"
+
+
+def packed(right):
+    """Bools, one an image, as text that a row can hold: a bit each, in base64. `unpacked` reads it."""
+    return base64.b64encode(np.packbits(torch.as_tensor(right).bool().cpu().numpy())).decode()
+
+
+def unpacked(text, n):
+    """The `n` bools of a text by `packed`, an array; ValueError if it does not hold as many."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8))
+    if not n <= len(bits) < n + 8:
+        raise ValueError(f"{len(bits)} bits do not tell of {n} images")
+    return bits[:n].astype(bool)
 
 
 def paired_difference(correct_a, correct_b):

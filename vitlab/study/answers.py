@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 
-from vitlab.study import zoo
+from vitlab.study import noise, zoo
 from vitlab.train.recipe import Recipe
 
 # metric -> the column of a row that answers it; of what is relative, the column that is compared
@@ -68,6 +68,13 @@ def answers(claim, rows):
         otherwise = list(filter(None, _timed_otherwise(claim, column, mine.iloc[0])))
         parts, as_published = parts + otherwise, as_published and not otherwise
     return values.tolist(), as_published, "; ".join(filter(None, parts))
+
+
+def image_noise_of(claim, rows):
+    """What the test images leave open of a claim: where it is of two arms, by those on which they disagree."""
+    other, named = claim.against or claim.beside, rows.arm.str.replace(zoo.STAND_IN, "", regex=True)
+    arms = [rows.arm[named == f"{claim.project}/{model}"].tolist() for model in (claim.model, other)]
+    return noise.paired_image_noise(rows, *(a[-1] for a in arms)) if all(arms) else noise.image_noise(rows)
 
 
 def differences(claim, rows):

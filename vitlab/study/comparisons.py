@@ -5,36 +5,40 @@ from itertools import pairwise
 import pandas as pd
 
 from vitlab.metrics.measure import compare
-from vitlab.study.noise import NOISE, changes, image_noise
+from vitlab.study.noise import NOISE, changes, paired_image_noise
 from vitlab.utils.device import device_of, example
 
 
 def compared(rows, pairs, column="accuracy_top1", images=None):
     """How much one arm of each pair changes against the other, seed by seed: a DataFrame, a line a pair.
 
-    rows: of arms and seeds, with a `column` of accuracies (%) on `images` images (see `noise.image_noise`, of all rows,
-    whatever the pairs); pairs: {label: (arm, the arm it is held against)}. Columns: change, low and high (95 %
+    rows: of arms and seeds, with a `column` of accuracies (%) on `images` images (see `noise.paired_image_noise`);
+    pairs: {label: (arm, the arm it is held against)}. Columns: change, low and high (95 %
     interval, see `noise`), p (Holm's over all the pairs) and text, "+1.20 ± 0.80 points", which is called unclear where
     p is above 5 %.
     """
     paired = rows[rows.arm.isin({arm for pair in pairs.values() for arm in pair})]
     by_seed = paired.pivot(index="seed", columns="arm", values=column)
     apart = pd.DataFrame({label: by_seed[arm] - by_seed[other] for label, (arm, other) in pairs.items()}).dropna()
-    found = changes(apart.assign(**{"": 0.0}), "", NOISE["accuracy"], image_noise(rows, column, images))
+    shared = {label: paired_image_noise(rows, *pair, column, images) for label, pair in pairs.items()}
+    found = changes(apart.assign(**{"": 0.0}), "", NOISE["accuracy"], shared)
     return found.assign(text=[f"{line.change:+.2f} ± {line.high - line.change:.2f} points"
                               + " (unclear)" * (line.p > 0.05) for line in found.itertuples()])  # fmt: skip
 
 
-def ordered(rows, *orders, column="accuracy_top1"):
-    """(whether `orders` of arms hold, one a seed; by how many points, one a seed, the step holds that holds least).
+def ordered(rows, *orders, column="accuracy_top1", images=None):
+    """(whether `orders` of arms hold, one a seed; by how many points, one a seed, the step holds that holds least; what
+    the test images leave open of that step).
 
-    rows: of arms and seeds, with a `column` of accuracies (%); orders: tuples of arms, the best first. The second is
-    what a statement about an order is settled with: the step with the smallest mean, so that it tells of all of them.
+    rows, column, images: as in `compared`; orders: tuples of arms, the best first. The second and third are what a
+    statement about an order is settled with: the step with the smallest mean, so that it tells of all of them.
     """
     by_seed = rows.pivot(index="seed", columns="arm", values=column)
     pairs = [pair for order in orders for pair in pairwise(order)]
     steps = pd.DataFrame({i: by_seed[arm] - by_seed[other] for i, (arm, other) in enumerate(pairs)}).dropna()
-    return (steps > 0).all(axis=1).tolist(), steps[steps.mean().idxmin()].tolist()
+    least = steps.mean().idxmin()
+    shared = paired_image_noise(rows, *pairs[least], column, images)
+    return (steps > 0).all(axis=1).tolist(), steps[least].tolist(), shared
 
 
 def in_turns(models, batch, seconds, *, dtype=None, rounds=1):

@@ -3,11 +3,12 @@
 import math
 from statistics import fmean, stdev
 
+import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from vitlab.metrics.measure import show
-from vitlab.metrics.statistics import holm
+from vitlab.metrics.statistics import holm, unpacked
 
 # standard deviation of a single run: points for an accuracy, a share of the figure for the others; what is counted,
 # and a peak of allocated memory, repeats exactly. Speed: the same models, measured for two notebooks on one machine,
@@ -71,6 +72,24 @@ def image_noise(rows, column="accuracy_top1", images=None):
     return 100 * math.sqrt(share * (1 - share) / (images or rows.n.min()))
 
 
+def paired_image_noise(rows, arm, other, column="accuracy_top1", images=None):
+    """What to take for the `image_noise` of one accuracy where two arms were judged on the same images.
+
+    Only images on which they disagree move the difference: its standard deviation is that of the mean over the images
+    of what arm less other, mean over their common seeds, has right; of one accuracy it is 1/sqrt(2) of that. Where
+    rows do not say which images were right (`right`), that of independent images, which is more.
+    """
+    pair = rows[rows.arm.isin([arm, other])] if column == "accuracy_top1" and "right" in rows else rows.head(0)
+    pair = pair[pair.right.notna()] if len(pair) else pair
+    right = {who: {row.seed: unpacked(row.right, int(row.n)) for row in pair[pair.arm == who].itertuples()}
+             for who in (arm, other)}  # fmt: skip
+    common = right[arm].keys() & right[other].keys()
+    if not common or pair.n.nunique() > 1 or ("dataset" in pair and pair.dataset.nunique() > 1):
+        return image_noise(rows, column, images)
+    apart = np.mean([right[arm][seed].astype(float) - right[other][seed] for seed in common], axis=0)
+    return 100 * float(apart.std()) / math.sqrt(2 * len(apart))
+
+
 def run_noise(rows):
     """Standard deviation (points) to expect of one run's accuracy: its seed's, and the finite test set's."""
     return math.hypot(NOISE["accuracy"], image_noise(rows))
@@ -80,11 +99,11 @@ def change(rows, arm, other, shared=None):
     """Accuracy of one arm of `rows` less that of another, over the seeds that both have: "-1.20 ± 0.80 points".
 
     That is the 95 % interval of the mean, by the seeds and by the test images, which all seeds share
-    (`shared`, standard deviation; None: the `image_noise` of all rows); a difference inside it is called unclear.
+    (`shared`, standard deviation; None: `paired_image_noise`); a difference inside it is called unclear.
     """
     by_seed = rows.pivot(index="seed", columns="arm", values="accuracy_top1")
     apart = (by_seed[arm] - by_seed[other]).dropna().tolist()
-    shared = image_noise(rows) if shared is None else shared
+    shared = paired_image_noise(rows, arm, other) if shared is None else shared
     mean, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * shared)
     return f"{mean:+.2f} ± {margin:.2f} points" + " (unclear)" * (abs(mean) <= margin)
 
@@ -93,12 +112,13 @@ def changes(by_seed, base, noise, shared=0.0):
     """What each other column of `by_seed` (seeds x arms) changes against the column `base`, seed by seed.
 
     DataFrame, one line an arm: change, low and high (95 % interval), p (Holm's, over all the lines). `noise`, `shared`:
-    see `interval`, of one run's figure; a change has those of two.
+    see `interval`, of one run's figure (shared: or {arm: its own}); a change has those of two.
     """
     apart = by_seed.drop(columns=base).sub(by_seed[base], axis=0)
-    two = math.sqrt(2) * noise, math.sqrt(2) * shared
-    found = [interval(apart[arm].tolist(), *two) for arm in apart]
-    p = holm([p_value(apart[arm].tolist(), *two) for arm in apart])
+    shared = shared if isinstance(shared, dict) else dict.fromkeys(apart, shared)
+    two = {arm: (math.sqrt(2) * noise, math.sqrt(2) * shared[arm]) for arm in apart}
+    found = [interval(apart[arm].tolist(), *two[arm]) for arm in apart]
+    p = holm([p_value(apart[arm].tolist(), *two[arm]) for arm in apart])
     lines = [(mean, mean - margin, mean + margin, one) for (mean, _, margin), one in zip(found, p)]
     return pd.DataFrame(lines, index=apart.columns, columns=["change", "low", "high", "p"])
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study import claims, plots, zoo
-from vitlab.study.noise import NOISE, image_noise, interval
+from vitlab.study.noise import NOISE, image_noise, interval, paired_image_noise
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
 IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
@@ -74,7 +74,8 @@ def board(rows):
             if base and not mine.epochs.max() > arms[base].epochs.max():
                 other = arms[base][list(SHOWN)].astype(float)
                 apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
-                change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * images)
+                shared = paired_image_noise(part, mine.arm.iloc[-1], arms[base].arm.iloc[-1])
+                change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * shared)
                 lines[-1] |= {f"{c} %": 100 * (values[c] / other[c] - 1).mean() for c in SHOWN} | {
                     "change": change, "margin": math.nan if base == model else margin,
                     "latency_x": (other.latency_ms / values.latency_ms).mean(),

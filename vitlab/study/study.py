@@ -22,7 +22,7 @@ from vitlab.data import datasets
 from vitlab.metrics.measure import accuracy, measure
 from vitlab.models import checkpoint
 from vitlab.study import plots, verdicts, zoo
-from vitlab.study.answers import answers, differences
+from vitlab.study.answers import answers, differences, image_noise_of
 from vitlab.study.noise import image_noise
 from vitlab.train.loop import History, cross_entropy, fit
 from vitlab.train.recipe import told_apart
@@ -209,11 +209,10 @@ class Study:
 
     def settle_rows(self, rows, selected, **options):
         """Settle the selected claims by what the rows (a DataFrame) answer (see `answers`); options: of `settle`."""
-        options = {"shared": image_noise(rows)} | options
         for claim in selected:
             values, as_published, why = answers(claim, rows)
-            apart = differences(claim, rows)
-            self.settle(claim, values, as_published=as_published, why=why, differences=apart, **options)
+            found = {"differences": differences(claim, rows), "shared": image_noise_of(claim, rows)} | options
+            self.settle(claim, values, as_published=as_published, why=why, **found)
 
     def _write(self, what, rows):
         write_record(self.folder("results") / NO_ROWS[what], {what: rows} | provenance(self.device))
@@ -235,8 +234,8 @@ def arm_key(config, recipe, data, *, start=None, objective=cross_entropy, on_epo
     """The key of an arm: a digest of all that can change its numbers.
 
     That is its model's config, the recipe (with the seed), the data's key, the key of the arm it starts from, and
-    what objective and hooks say of themselves (see `described`). How fast it ran, compiled or in which precision,
-    is not part of it.
+    what objective and hooks say of themselves (see `described`). Whether it was compiled is not part of it, and
+    the number format only where the recipe fixes one.
     """
     method = {"start": start and start.key, "on_epoch": [described(hook) for hook in on_epoch],
               "objective": None if objective is cross_entropy else described(objective)}  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from vitlab.models.checkpoint import Wrapper
 from vitlab.models.favit import VARIANTS
 from vitlab.models.vit import ViTConfig
-from vitlab.train.recipe import EXECUTION, Recipe
+from vitlab.train.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def scaled(name, changes=None):
         pairs = {field.name: (getattr(old, field.name), getattr(new, field.name)) for field in fields(old)}
         # how fast and in what order it ran is not what was published
         changed += [f"{key} {now} instead of {was}" for key, (was, now) in pairs.items()
-                    if was != now and key not in (*EXECUTION, "seed", "num_classes")]  # fmt: skip
+                    if was != now and key not in ("compile", "dtype", "seed", "num_classes")]  # fmt: skip
     size = config.macs() - spec.config.macs()
     suffix, words = ("-small", ", scaled down") if size < 0 else ("-large", ", scaled up") if size > 0 else ("", "")
     if config.macs() < TINY.get(name, 0) * spec.config.macs():

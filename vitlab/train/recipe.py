@@ -14,7 +14,6 @@ from vitlab.utils.checks import is_number
 from vitlab.utils.files import LATER, identity
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
-EXECUTION = ("compile", "dtype")  # how a run is executed, not what it computes
 HEADS = {"head", "head_dist", "fc"}  # modules that give class scores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +52,7 @@ class Recipe:
     augment: str = "crop(4)+flip"
     clip: float | None = None
     ema: float | None = None
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata=LATER)
     compile: str = "auto"
     seed: int = 0
 
@@ -167,8 +166,8 @@ def float32_muon():
 
 
 def told_apart(recipe):
-    """What of a recipe tells runs apart, as plain data: all but how they are executed."""
-    return {k: v for k, v in identity(recipe).items() if k not in EXECUTION}
+    """What of a recipe tells runs apart, as plain data: all but compilation, and a number format where it fixes one."""
+    return {k: v for k, v in identity(recipe).items() if k != "compile"}
 
 
 def is_undecayed(name, parameter):
