@@ -172,17 +172,22 @@ def level(scores, k, tau, start, steps=6):
 
     A good start is the middle between the k-th largest score and the next: there it is for a small tau.
     """
+    return _relaxed(scores, k, tau, start, steps)[0]
+
+
+def _relaxed(scores, k, tau, start, steps=6):
+    """(lambda, the relaxed mask that sums to k), see `level`."""
     scaled, lam = scores / tau, start / tau
-    soft = torch.empty_like(scaled)
+    soft = torch.sub(scaled, lam).sigmoid_()
     for _ in range(steps):
-        torch.sub(scaled, lam, out=soft).sigmoid_()
         total = soft.sum(dim=-1, keepdim=True)
         off = total - k
-        if off.is_cpu and off.abs().max() < 1e-4:
+        if off.is_cpu and off.abs().max() < 3e-4 * k:
             break
         slope = total - torch.linalg.vector_norm(soft, dim=-1, keepdim=True).square()
         lam = lam + (off / slope.clamp_min(1e-6)).clamp(-2, 2)
-    return lam * tau
+        torch.sub(scaled, lam, out=soft).sigmoid_()
+    return lam * tau, soft
 
 
 class _TopKSoftmax(torch.autograd.Function):
@@ -206,18 +211,19 @@ class _TopKSoftmax(torch.autograd.Function):
     def backward(ctx, grad):
         logits, scores, total, least, after = ctx.saved_tensors
         to_logits, to_scores = (
-            torch.empty_like(table, memory_format=torch.contiguous_format) for table in (logits, scores))
+            torch.empty_like(table, memory_format=torch.contiguous_format) for table in (logits, scores)
+        )
         for i, logit, score, back, to_logit, to_score in _pieces(logits, scores, grad, to_logits, to_scores):
+            # in place, and products with sums in one: a piece is to be read from memory once
             mask = torch.ge(score, least[i], out=torch.empty_like(score))
-            ratio = (logit - total[i]).exp_()  # what each key weighs, or would weigh if it were chosen
-            middle = (ratio * mask).mul_(back).sum(dim=-1, keepdim=True)
-            to_mask = (back - middle).mul_(ratio)
+            ratio = logit.to(total.dtype, copy=True).sub_(total[i]).exp_()  # what each key weighs, or would if chosen
+            to_mask = back.to(total.dtype, copy=True)
+            to_mask.sub_(torch.linalg.vecdot(ratio * mask, to_mask)[:, None]).mul_(ratio)
             to_logit.copy_(mask.mul_(to_mask))
-            start = (after[i] + least[i]) / 2
-            soft = (score - level(score, ctx.k, ctx.tau, start)).div_(ctx.tau).sigmoid_()
-            slope = torch.addcmul(soft, soft, soft, value=-1).div_(ctx.tau)
-            share = (slope * to_mask).sum(dim=-1, keepdim=True) / slope.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-            torch.mul(slope, to_mask.sub_(share), out=to_score)
+            _, soft = _relaxed(score, ctx.k, ctx.tau, (after[i] + least[i]) / 2)
+            slope = soft.addcmul_(soft, soft, value=-1)
+            share = torch.linalg.vecdot(slope, to_mask) / slope.sum(dim=-1).clamp_min(1e-12)
+            torch.mul(slope.div_(ctx.tau), to_mask.sub_(share[:, None]), out=to_score)
         return to_logits, to_scores, None, None
 
 
