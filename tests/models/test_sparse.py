@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitlab.metrics.counts import macs as counted
-from vitlab.models.sparse import TopKAttention, gumbel, level, top_k_softmax
+from vitlab.models.sparse import TopKAttention, _edge, gumbel, level, top_k_softmax
 from vitlab.models.vit import ViT, ViTConfig
 
 SMALL = {"image_size": 16, "patch_size": 2, "dim": 24, "depth": 2, "heads": 3, "num_classes": 5}  # 64 patches
@@ -49,6 +49,16 @@ def test_the_relaxed_mask_sums_to_k(n, k, tau):
     best = scores.topk(k + 1).values
     found = level(scores, k, tau, best[:, -2:].mean(-1, keepdim=True))
     assert (((scores - found) / tau).sigmoid().sum(-1) - k).abs().max() < 1e-3 * k
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_the_edge_of_the_chosen_is_that_of_all_values_in_order(k):
+    scores = table(5, 12)
+    scores[0] = 1.0  # ties
+    scores[1, :1] = torch.inf  # a prefix token
+    after, least = _edge(scores, k)
+    ordered = scores.sort(dim=-1, descending=True).values
+    assert torch.equal(after, ordered[:, k : k + 1]) and torch.equal(least, ordered[:, k - 1 : k])
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0])
