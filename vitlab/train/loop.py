@@ -94,7 +94,7 @@ def fit(model, data, recipe, *, objective=cross_entropy, on_epoch=(), checkpoint
     checkpoint: path of the resumable state (safetensors), written at the end of an epoch when the last one
     is `save_every` seconds old, and within an epoch every `save_within` seconds; a run found there goes on. At the
     end the model holds the averaged weights if `recipe.ema` is set. tensorboard: a folder for its scalars.
-    On a CPU a model that has no batch norm or dropout is trained by threads that share out each batch (see `shares`).
+    On a CPU a model without dropout or other noise is trained by threads that share out each batch (see `shares`).
 
     Raises NotFinite (the checkpoint stays the last good one), BudgetSpent when the environment's VITLAB_DEADLINE (unix
     seconds) is near, ValueError for a checkpoint of another run, and data of one class or not of the model's number.
@@ -184,7 +184,7 @@ class _Run:
             few = normalize(self.data.train.images[:2], self.data.mean, self.data.std, size=self.size)
             count = shares.how_many(self.model.train(), few, self.recipe.batch)
         loss = parallel.replicated(self.objective, forward)
-        self.gradient = shares.Gradient(loss, self.parameters, self.device, count)
+        self.gradient = shares.Gradient(loss, self.parameters, self.device, count, self.model)
 
     def reshaped(self, carry):
         """Go on with a model of which a hook took parts away; None: it took none (see `fit`)."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from vitlab.train.batchnorm import normalised
 from vitlab.utils import rng
 
 
@@ -125,31 +126,20 @@ class BatchNorm(nn.BatchNorm2d):
     @torch.compiler.disable
     def forward(self, x):
         """x: B C H W, this process's images."""
-        if not self.training or ranks() == 1:
-            return super().forward(x)
-        size, count = (1, -1, 1, 1), ranks() * x.numel() // x.shape[1]
-        wide = x.float()
-        mean = _Mean.apply(wide.mean((0, 2, 3)))
-        centred = wide - mean.view(size)
-        variance = _Mean.apply(centred.square().mean((0, 2, 3)))
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return (centred * scale.view(size) + self.bias.view(size)).to(x.dtype)
+        return super().forward(x) if ranks() == 1 else normalised(self, x, Processes())
 
 
-class _Mean(torch.autograd.Function):
-    """The mean over the processes, of the gradients, too: the loss is the mean of their losses."""
+class Processes:
+    """The processes that train together, as a team (see `batchnorm`), each with as many images."""
 
-    @staticmethod
-    def forward(ctx, values):
-        return _mean(values)
+    def __init__(self):
+        self.weights, self.index, self.speaks = [1 / ranks()] * ranks(), rank(), True  # each keeps its own statistics
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return _mean(gradient)
+    def gather(self, tensor):
+        """That of each process, stacked."""
+        found = [torch.empty_like(tensor) for _ in self.weights]
+        dist.all_gather(found, tensor.contiguous())
+        return torch.stack(found)
 
 
 def _mean(values):
