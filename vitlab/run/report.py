@@ -168,7 +168,9 @@ def _found(evidence, number, arm, control):
     speed = (first.images_per_s / second.images_per_s).mean()
     once = drawn(rows).assign(arm=rows.model).drop_duplicates(["arm", "seed"], keep="last")
     last = rows[rows.model == arm].iloc[-1]
-    notes = [f"n = {len(gain)}", "scaled down" if " instead of " in last.changes else "published size", last.why]
+    # a method that is built as described, at the published size, is not "as published" either
+    whole = last.as_published or " instead of " not in last.get("changes", " instead of ")
+    notes = [f"n = {len(gain)}", "published size" if whole else "scaled down", last.why]
     # where rows do not say which images were right, with the same noise of the test images as in the notebook
     settled = () if "right" in once else evidence.special(stem, "claims").get("verdicts", ())
     shared = next((v["shared"] for v in settled if v["claim"].startswith(f"{arm}/") and v.get("shared")
