@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitlab.models.attention import ATTENTIONS, Attention
+from vitlab.models.attention import ATTENTIONS, Attention, attend
 
 SCORES = ("attention", "learned")
 GATES = ("none", "l1", "hard-concrete")
@@ -102,7 +102,7 @@ class TopKAttention(Attention):
 
     def mixed(self, q, k, v):
         if self.k >= self.tokens:
-            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            return attend(q, k, v, scale=self.scale)
         if not self.training and self.block > 1:
             return self.attend_blocks(q, k, v)
         return self.weights(q, k).to(v.dtype) @ v

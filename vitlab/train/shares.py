@@ -91,6 +91,7 @@ class Threads:
         try:
             yield self
         finally:
+            self.barrier.abort()  # after an interrupt no thread may wait for one that takes its own statistics now
             for norm in norms:
                 del norm.forward
 
