@@ -55,7 +55,8 @@ def test_what_an_arm_is_compared_with(model, base):
         "smaller model": ["dense, narrower", "S2/tiny", "S2/pruned-40-scratch"],
         "distilled": ["S2/tiny-kd", "S2/pruned-40-kd", "ours/kd-cnn", "ours/locality"],
         "channels pruned": ["pruned", "pruned, fine-tuned", "S2/pruned-40", "S2/torch-pruning", "ours/in-rounds"],
-        "tokens dropped": ["S3/pruned-on", "S3/baseline-alpha-1.5", "ours, drop by a uniform grid at 1.85x"],
+        "tokens dropped": ["S3/pruned-on", "S3/baseline-alpha-1.5", "ours, drop by attention at 1.85x"],
+        "tokens dropped by a grid": ["ours, drop by a uniform grid at 1.85x"],
         "all tokens kept": ["S3/pruned-off", "S3/baseline, all tokens, pooled-last block at 1.85x"],
         "tokens merged, ours": ["S3/baseline, size-priced merge, calibrated at 1.85x", "ours + fewer tokens"],
         "tokens merged, ToMe": ["ours, ToMe, calibrated at 1.85x"],
@@ -72,6 +73,15 @@ def test_each_arm_is_of_its_family(family, models):
                                       ("S4/baseline", 0, 60.0, 1.0, 9.0), ("ours/uncut", 0, 60.0, 1.0, 9.0),
                                       (model, 0, 60.0, 1.0, 9.0)))  # fmt: skip
         assert found.set_index("arm").family[model] == family, model
+
+
+def test_groups_are_of_families_that_there_are():
+    assert set(scoreboard.GROUPS) < set(scoreboard.FAMILIES)
+    assert not set(scoreboard.GROUPS.values()) & set(scoreboard.FAMILIES)
+    frame = scoreboard.board(TWO.replace("S3/pruned-on-small", "S3/sparse-small"))
+    figure = scoreboard.chart(frame.replace(scoreboard.GROUPS), [("latency_x", "change")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["baseline", "another attention"]
+    plt.close(figure)
 
 
 def test_changes_are_paired_by_seed_and_stand_beside_the_means():

@@ -26,9 +26,14 @@ FAMILIES = {
     "sparse attention": "sparse|top-?k|^both", "heads removed": "^heads",
     "factorised attention": "S1/|team", "linear attention": "ripple|hydra|linear", "tokens merged, ToMe": "ToMe",
     "tokens merged, ours": "Ward|[Cc]alibrated|norm-preserving|size-priced|fewer tokens",
-    "all tokens kept": "pruned-off|pooled-last", "tokens dropped": "drop|EViT|attention at|random at|grid at|S3/",
+    "all tokens kept": "pruned-off|pooled-last", "tokens dropped by a grid": "grid at",
+    "tokens dropped": "drop|EViT|attention at|random at|S3/",
     "channels pruned": "pruned|S2/torch-pruning|^ours/", "other": "",
 }  # fmt: skip
+# what one picture of all projects tells apart: family -> group
+GROUPS = {"softmax attention": "plain ViT, other size", "smaller model": "plain ViT, other size"} | dict.fromkeys(
+    ("sparse attention", "factorised attention", "linear attention"), "another attention") | dict.fromkeys(
+    ("heads removed", "channels pruned", "distilled"), "channels or heads pruned")  # fmt: skip
 
 
 def base_of(model, present):
@@ -134,8 +139,9 @@ def chart(frame, panels, *, said=None):
     said: points of `claimed`, as hollow stars, named where no other name stands.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
-    look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s")}  # what others are held against
-    look |= plots.colours([family for family in FAMILIES if family not in look])
+    look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s"), "plain ViT, other size": ("0.45", "s")}
+    order = dict.fromkeys([*FAMILIES, *GROUPS.values()])  # what others are held against is black and grey
+    look |= plots.colours([family for family in order if family not in look and family in set(frame.family)])
     for ax, (x, y) in zip(axes[0], panels):
         scale, margin = COLUMNS[x].scale if x in COLUMNS else 1.0, MARGINS[y != "change"]
         for family, part in frame.dropna(subset=[x, y]).groupby("family", sort=False):
