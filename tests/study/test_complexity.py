@@ -148,6 +148,16 @@ def test_the_control_costs_what_it_should():
         linear_study.same_macs(SPEC, 1000, "control")
 
 
+def test_without_attention_no_patch_learns_of_another():
+    spec = dataclasses.replace(SPEC, config=dataclasses.replace(SPEC.config, pool="mean"))
+    control = linear_study.without_attention(spec, "control")
+    model, images = ViT(control.config).eval(), torch.randn(2, 3, 32, 32)
+    field = linear_study.receptive_field(model, images)
+    assert linear_study.far_share(field, spec.config.patch_size) == pytest.approx(0, abs=1e-6)
+    assert control.config.macs() == counted(model, (3, 32, 32)) < spec.config.macs() and "no heads" in control.why
+    assert len(model.state_dict()) < len(ViT(spec.config).state_dict())
+
+
 def test_which_is_best_a_seed():
     rows = pd.DataFrame({"arm": list("abab"), "seed": [0, 0, 1, 1], "val_accuracy": [3.0, 2, 1, 4]})
     assert linear_study.is_best(rows, "a", ["a", "b"]) == [True, False]

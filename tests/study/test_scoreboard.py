@@ -62,6 +62,7 @@ def test_what_an_arm_is_compared_with(model, base):
         "tokens merged, ToMe": ["ours, ToMe, calibrated at 1.85x"],
         "several at once": ["ours/kd-cnn + fewer tokens"],
         "linear attention": ["S4/ripple", "hydra, 65 tokens", "ours, ripple", "linear"],
+        "no attention": ["no attention", "ours, no attention"],
         "another recipe": ["step: muon", "S3/baseline, our recipe"],
         "other": ["something new"],
     }.items(),

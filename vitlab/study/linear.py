@@ -51,6 +51,16 @@ def same_macs(spec, target, name):
     return dataclasses.replace(spec, name=name, title=name, config=config, changes=changes)
 
 
+def without_attention(spec, name):
+    """The Spec with no head in any block from the start: the control that says what attention is worth in a model.
+
+    Where convolutions move what patches know, that may be little, and then so is what a cheaper attention can lose.
+    """
+    blocks = tuple(dataclasses.replace(shape, heads=()) for shape in spec.config.shapes)
+    config = dataclasses.replace(spec.config, blocks=blocks)
+    return dataclasses.replace(spec, name=name, title=name, config=config, changes=(*spec.changes, "no heads"))
+
+
 def is_best(rows, name, group, column="val_accuracy"):
     """For each seed: whether `name` is the best of the arms `group` in `column` of the rows (a DataFrame)."""
     wide = rows[rows.arm.isin(group)].pivot_table(index="seed", columns="arm", values=column)

@@ -22,6 +22,7 @@ CORNERS = {(1, 1.01, "right", "bottom"): "faster, more accurate",
 # family -> what the name of such an arm has in it (the first that fits); what others are compared with is a "baseline"
 FAMILIES = {
     "several at once": r"/.* \+ ", "another recipe": "^step: | recipe$", "smaller model": "tiny$|scratch|narrower",
+    "no attention": "no attention",
     "softmax attention": "^softmax|(^|/)dense|plain ViT", "distilled": "kd|locality", "CNN": "(?i)cnn",
     "sparse attention": "sparse|top-?k|^both", "heads removed": "^heads",
     "factorised attention": "S1/|team", "linear attention": "ripple|hydra|linear", "tokens merged, ToMe": "ToMe",
@@ -31,9 +32,11 @@ FAMILIES = {
     "channels pruned": "pruned|S2/torch-pruning|^ours/", "other": "",
 }  # fmt: skip
 # what one picture of all projects tells apart: family -> group
-GROUPS = {"softmax attention": "plain ViT, other size", "smaller model": "plain ViT, other size"} | dict.fromkeys(
-    ("sparse attention", "factorised attention", "linear attention"), "another attention") | dict.fromkeys(
-    ("heads removed", "channels pruned", "distilled"), "channels or heads pruned")  # fmt: skip
+GROUPS = {family: group for group, families in {
+    "plain ViT, other size": ("softmax attention", "smaller model"),
+    "another attention": ("sparse attention", "factorised attention", "linear attention", "no attention"),
+    "channels or heads pruned": ("heads removed", "channels pruned", "distilled"),
+}.items() for family in families}  # fmt: skip
 
 
 def base_of(model, present):
