@@ -34,7 +34,7 @@ def test_the_demo_forms_keep_their_accuracy_and_cost_what_they_say(tiny):
 
 
 def test_the_newer_recipe_is_the_better_one(tiny):
-    files = [DEMO / f"ours-cifar10{name}.safetensors" for name in ("", "-muon", "-muon-s1")]
+    files = [DEMO / f"ours-cifar10{name}.safetensors" for name in ("", "-muon", "-muon-s1", "-muon-s2")]
     before, *after = (accuracy(checkpoint.load(file), tiny) for file in files)
     assert min(after) > before
 
@@ -58,5 +58,5 @@ def test_sparse_vits_models_are_of_the_published_shape_and_have_learnt(tiny, nam
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 8 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 15 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6
