@@ -121,8 +121,8 @@ def how_many(model, images, batch):
     """Shares of a `batch` of so many images for the model in training on the CPU; images: a few of them, B C H W.
 
     It is for training with no objective and no hooks: what they do is not known to be of one image alone. A model with
-    BatchNorm2d gets one: exchanging its statistics is exact, but on two cores the laptop's baseline trained 120 images/s
-    that way and 655 with every operation shared out.
+    BatchNorm2d gets one: exchanging its statistics is exact, but on two cores the laptop's baseline trained 120
+    images/s that way and 655 with every operation shared out.
     """
     most = min(torch.get_num_threads(), batch // SMALLEST)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
