@@ -1,6 +1,7 @@
 """Batch norm by the statistics of a whole batch that workers share out; here they are threads."""
 
 import copy
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,8 @@ from torch import nn
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.train.batchnorm import normalised
 from vitlab.train.loop import Batch, cross_entropy
+
+CONFIG = ViTConfig(image_size=16, patch_size=8, dim=16, depth=2, heads=2, num_classes=4)
 
 
 class Threads:
@@ -48,8 +51,7 @@ class Threads:
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.25, 0.75], [0.5, 0.25, 0.25]])
 def test_a_models_gradient_and_running_statistics_are_those_of_the_whole_batch(weights):
     torch.manual_seed(0)
-    config = ViTConfig(16, 8, dim=16, depth=2, heads=2, num_classes=4, stem="residual", mlp="conv")
-    model = ViT(config).double()
+    model = ViT(dataclasses.replace(CONFIG, stem="residual", mlp="conv")).double()
     whole, sizes = copy.deepcopy(model), [round(12 * w) for w in weights]
     given = torch.randn(12, 3, 16, 16).double(), torch.rand(12, 4).double().softmax(1), torch.randint(4, (12,))
     wanted = torch.autograd.grad(cross_entropy(whole, Batch(*given, 0))[0], [*whole.parameters()])
