@@ -1,5 +1,6 @@
 """Methods at equal cost and on the same images, held against what can be worked out by hand."""
 
+import dataclasses
 import itertools
 
 import matplotlib.pyplot as plt
@@ -92,3 +93,26 @@ def test_payoff_gives_what_was_asked_for_or_an_empty_row(evaluator, calibration,
     assert rows.speed_up[0.7] == pytest.approx(1 / rows.share[0.7])
     assert rows.isna().loc[0.01, ["tokens", "speed_up", "change"]].all()
     assert torch.equal(evaluator.correct, evaluator.logits.argmax(1) == evaluator.labels)
+
+
+def test_a_cut_is_of_what_can_go_not_of_what_a_stem_keeps(evaluator):
+    plain, floor = evaluator.plain, fit_floor(evaluator)
+    assert tc.share_left(evaluator, 0.5) == pytest.approx((1 + floor) / 2)
+    blocks = plain.config.macs() - dataclasses.replace(plain.config, depth=0).macs()
+    assert 1 - blocks / plain.config.macs() < floor < 1, "what is left holds the stem and the head"
+    for cut in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match=rf"cut={cut}: .* between 0 and 1"):
+            tc.share_left(evaluator, cut)
+
+
+def fit_floor(evaluator):
+    """The least share of the MACs that `fit_budget` can be asked for, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        try:
+            fit_budget(evaluator.plain, middle * evaluator.macs, alpha=0.5, action="size-priced", pooled_last=True)
+            high = middle
+        except ValueError:
+            low = middle
+    return high

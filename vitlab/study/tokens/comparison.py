@@ -47,6 +47,18 @@ def chosen(calibration, share, *, alpha=0.5, candidates=CANDIDATES):
     return SIZE_PRICED | candidates[table.kl.idxmin()], table
 
 
+def share_left(evaluator, cut, *, alpha=0.5):
+    """The share of the plain model's MACs that is left where `cut` is gone of all that the schedule can take at most.
+
+    So models are asked for as much as each other, whatever they compute before their first block: a stem of
+    convolutions keeps its MACs, and with few more than it needs a model would be left with a token or two a block.
+    """
+    if not 0 < cut < 1:
+        raise ValueError(f"cut={cut}: a share of what can go lies between 0 and 1, both excluded")
+    emptied = reduce_tokens(evaluator.plain, r_max=0.999, alpha=alpha, pooled_last=True, **SIZE_PRICED)
+    return 1 - cut * (1 - emptied.config.macs() / evaluator.macs)
+
+
 def of_train(evaluator):
     """The Evaluator itself; ValueError unless its images are of the train split."""
     if evaluator.split != "train":
