@@ -98,8 +98,9 @@ def test_payoff_gives_what_was_asked_for_or_an_empty_row(evaluator, calibration,
 def test_a_cut_is_of_what_can_go_not_of_what_a_stem_keeps(evaluator):
     plain, floor = evaluator.plain, fit_floor(evaluator)
     assert tc.share_left(evaluator, 0.5) == pytest.approx((1 + floor) / 2)
-    blocks = plain.config.macs() - dataclasses.replace(plain.config, depth=0).macs()
-    assert 1 - blocks / plain.config.macs() < floor < 1, "what is left holds the stem and the head"
+    config = plain.config
+    blocks = config.depth * (config.macs() - dataclasses.replace(config, depth=config.depth - 1).macs())
+    assert 1 - blocks / config.macs() < floor < 1, "what is left holds the stem and the head"
     for cut in (0.0, 1.0, 1.5):
         with pytest.raises(ValueError, match=rf"cut={cut}: .* between 0 and 1"):
             tc.share_left(evaluator, cut)
