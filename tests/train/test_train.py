@@ -145,7 +145,8 @@ def test_one_step_is_adamw_on_the_soft_cross_entropy(data):
     F.cross_entropy(by_hand(images), data.train.labels, label_smoothing=0.2).backward()
     optimizer.step()
     for ours, theirs in zip(model.parameters(), by_hand.parameters()):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        # a first step of Adam has the size of the rate, whatever the gradient: where that is near zero, rounding shows
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
 def test_averaged_weights_are_what_the_model_ends_with(data):

@@ -87,6 +87,10 @@ class Dataset:
         name, key = f"{self.name}, {len(train):,} images", digest([self.key, "train", len(train)])
         return dataclasses.replace(self, train=train, name=name, key=key)
 
+    def few(self, images):
+        """The same data with at most so many images in each split; a key and a name of its own."""
+        return dataclasses.replace(self.with_train(images), val=self.val.take(images), test=self.test.take(images))
+
     def describe(self):
         """One line: name, sizes, shape, classes, key."""
         counts = ", ".join(f"{len(getattr(self, part)):,} {part}" for part in PARTS)

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from vitlab.data.augment import normalize
-from vitlab.data.datasets import batches
-from vitlab.utils.device import device_of, running
+from vitlab.utils.device import autocast, device_of, eager, running
+from vitlab.utils.threads import workers
+
+FEWEST = 32  # images that a thread takes at a time: with fewer, what Python does for every operation counts
 
 
 def input_size(model, default):
@@ -24,12 +26,34 @@ def logits(model, split, *, mean, std, size=None, batch_size=512, dtype=None):
     """
     if not len(split):
         raise ValueError("the split is empty: there is nothing to evaluate (was it loaded with val=0?)")
-    size = size or input_size(model, split.images.shape[-1])
-    device, found = device_of(model), []
+    size, device = size or input_size(model, split.images.shape[-1]), device_of(model)
+    found = outputs(model, split.images, batch_size, device, dtype,
+                    prepare=lambda images: normalize(images.to(device), mean, std, size=size))  # fmt: skip
+    return found, split.labels.to(device)
+
+
+def outputs(model, images, batch, device, dtype=None, *, prepare=None):
+    """What `model` gives for all `images` in order, float32 N K; at most `batch` of them are under way at a time.
+
+    It runs in eval mode, without gradients, under autocast to `dtype`; prepare(images) comes before. On a CPU each of
+    torch's threads takes images of its own: unlike threads that share out every operation, they need not wait for each
+    other. A compiled model runs alone.
+    """
+    if batch < 1:
+        raise ValueError(f"batch={batch}: at least 1 image is needed")
+    many = 1 if torch.device(device).type != "cpu" or eager(model) is not model else torch.get_num_threads()
+    many = max(1, min(many, batch // FEWEST, len(images) // FEWEST))
+
+    def run(part):
+        with torch.inference_mode(), autocast(device, dtype):  # which hold for one thread
+            return model(prepare(part) if prepare else part).float()
+
+    parts = images.split(-(-batch // many))
     with running([model], device, dtype):
-        for images, _ in batches(split, batch_size):
-            found.append(model(normalize(images.to(device), mean, std, size=size)).float())
-    return torch.cat(found), split.labels.to(device)
+        if many == 1:
+            return torch.cat([run(part) for part in parts])
+        with workers(many) as pool:
+            return torch.cat(list(pool.map(run, parts)))
 
 
 def kl_divergence(logits, reference, temperature=1.0):

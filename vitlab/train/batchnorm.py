@@ -1,4 +1,4 @@
-"""Batch norm by the statistics of a whole batch whose images workers (see `parallel`) share out.
+"""Batch norm by the statistics of a whole batch whose images workers share out: processes or threads.
 
 A team of workers has `gather(tensor)`: the tensors that all workers give, stacked in one order; `weights`: the share of
 the images that each worker has, summing to 1; and `speaks`: whether this worker keeps the running statistics. What a

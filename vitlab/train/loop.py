@@ -184,7 +184,7 @@ class _Run:
             few = normalize(self.data.train.images[:2], self.data.mean, self.data.std, size=self.size)
             count = shares.how_many(self.model.train(), few, self.recipe.batch)
         loss = parallel.replicated(self.objective, forward)
-        self.gradient = shares.Gradient(loss, self.parameters, self.device, count)
+        self.gradient = shares.Gradient(loss, self.parameters, self.device, count, self.model)
 
     def reshaped(self, carry):
         """Go on with a model of which a hook took parts away; None: it took none (see `fit`)."""

@@ -1,4 +1,4 @@
-"""How many threads torch computes with, and how they wait for each other. To be called before torch is imported.
+"""How many threads torch computes with, and how they wait for each other. To be set before torch is imported.
 
 OpenMP's threads spin while they wait for the slowest. Where another process wants the same core, the slowest is not
 even running, and the others burn the time that it needs: two trainings on two cores can slow each other down a
@@ -10,6 +10,8 @@ the last bit only where it is the same: OMP_NUM_THREADS fixes it.
 import os
 import statistics
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # read when OpenMP is loaded by GNU's, which torch's own build brings, and by LLVM's and Intel's
@@ -69,6 +71,22 @@ def fewest(times):
         if spent < WORTH * times[chosen]:
             chosen = count
     return chosen
+
+
+def workers(count):
+    """A pool of `count` threads, each of which computes with its share of torch's; torch's number stays as it is."""
+    import torch
+
+    threads, started = torch.get_num_threads(), threading.Barrier(count)
+
+    def begin():
+        torch.get_num_threads()  # a thread takes the number of all at its first question: it must not come later
+        torch.set_num_threads(max(1, threads // count))
+
+    pool = ThreadPoolExecutor(count, "share", begin)
+    list(pool.map(lambda _: started.wait(), range(count)))  # all of them are there
+    torch.set_num_threads(threads)  # that of the pool's threads was also the default of every later one
+    return pool
 
 
 def timings(most, rounds=5):

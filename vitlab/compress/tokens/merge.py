@@ -185,6 +185,7 @@ def plans(action, keep, prefix, *, score=None, keys=None, size=None, power=0.5, 
             break
         # the next round sees the merged tokens: their mean key, their size summed
         padded = torch.cat([keys.new_zeros(len(keys), prefix, keys.shape[2]), keys], dim=1)
-        keys = torch.nn.functional.normalize(plan(padded)[:, prefix:], dim=-1)
+        # not plan(padded): torch.compile of torch 2.11 cannot call an object that it has seen being made
+        keys = torch.nn.functional.normalize(plan.join(padded)[0][:, prefix:], dim=-1)
         size = plan.total(padded.new_ones(padded.shape[:2], dtype=torch.float32) if size is None else size)
     return found

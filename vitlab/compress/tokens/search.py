@@ -12,9 +12,9 @@ from vitlab.compress.budget import BudgetImpossible, bisect, demand
 from vitlab.compress.pruning.criteria import calibration
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.data.datasets import Dataset
-from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.metrics.predict import input_size, kl_divergence, outputs
 from vitlab.train.progress import clock
-from vitlab.utils.device import device_of, running
+from vitlab.utils.device import device_of
 
 EVERY = 5.0  # seconds between two lines of progress
 ALPHAS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5)  # schedules that a calibration starts from
@@ -82,8 +82,7 @@ class _Exchange:
         self.reference = self.predict(self.reduced.plain)
 
     def predict(self, model):
-        with running([model], self.images.device):
-            return torch.cat([model(part) for part in self.images.split(self.batch)]).float()
+        return outputs(model, self.images, self.batch, self.images.device)
 
     def cost(self, counts):
         return _cost(self.reduced, self.meter, counts=counts)

@@ -15,9 +15,9 @@ from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
 from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics.measure import compare
-from vitlab.metrics.predict import input_size, kl_divergence
+from vitlab.metrics.predict import input_size, kl_divergence, outputs
 from vitlab.metrics.statistics import paired_difference, paired_seeds, t_interval
-from vitlab.utils.device import device_of, example, running
+from vitlab.utils.device import device_of, example
 
 
 def reduced(arm, name, config=None, *, changes=(), **options):
@@ -67,8 +67,7 @@ class Evaluator:
 
     def run(self, model):
         """Logits, float32 N K."""
-        with running([model], self.images.device, self.dtype):
-            return torch.cat([model(part).float() for part in self.images.split(self.batch)])
+        return outputs(model, self.images, self.batch, self.images.device, self.dtype)
 
     def right(self, logits):
         """Whether each image is classified correctly, bool N."""
