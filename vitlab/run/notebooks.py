@@ -18,10 +18,14 @@ ADDED = {INJECTED, "papermill-error-cell-tag"}  # tags of the cells that papermi
 
 @dataclass(frozen=True)
 class Project:
-    """Where things lie: `source` holds notebooks/ and presets/, `root` gets what they write."""
+    """Where things lie: `source` holds notebooks/ and presets/, `root` gets what they write.
+
+    few: in a rehearsal, how many images of each split the notebooks see; else 0.
+    """
 
     source: Path
     root: Path
+    few: int = 0
 
     def executed(self, preset):
         return self.root / "executed" / preset

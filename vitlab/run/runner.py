@@ -220,7 +220,7 @@ def _run_one(project, job, terms, part, scratch):
     stem, begun, stamp = job.notebook.stem, time.time(), job.stamp(project)
     scratch.unlink(missing_ok=True)
     error = execute(job.notebook.path, scratch, job.parameters, project.root, end=terms.limit, kernels=terms.kernels,
-                    env=environment(project.root, stamp, terms),
+                    env=environment(project, stamp, terms),
                     prefix=f"{part or stem} | " if terms.width > 1 else "")  # fmt: skip
     wall = round(time.time() - begun, 1)
     if terms.stopped.is_set() or (error and error[0] == "BudgetSpent") or time.time() >= terms.limit:
@@ -238,23 +238,23 @@ def _run_one(project, job, terms, part, scratch):
     return Outcome(stem, FAILED, wall, f"{name}: {message.strip().partition(chr(10))[0][:120]}")
 
 
-def environment(root, stamp, terms):
+def environment(project, stamp, terms):
     """The environment of a kernel: this one's, with what the runner has to say in it.
 
     VITLAB_ROOT: where results go. VITLAB_STAMP: what rows are stamped with. VITLAB_DEADLINE: unix time by which
     training is to have stopped. VITLAB_FRESH: "1" where arms are to be trained again. VITLAB_JOBS: how many kernels
-    run side by side, where it is more than one.
+    run side by side, where it is more than one. VITLAB_REHEARSAL: images of each split, in a rehearsal.
     """
-    said = {"VITLAB_ROOT": str(root), "VITLAB_STAMP": stamp, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    if terms.deadline < math.inf:
-        said["VITLAB_DEADLINE"] = repr(terms.deadline)
-    if terms.fresh:
-        said["VITLAB_FRESH"] = "1"
-    if terms.width > 1:
-        said["VITLAB_JOBS"] = str(terms.width)
-    if data := os.environ.get("VITLAB_DATA"):
-        said["VITLAB_DATA"] = os.path.abspath(data)  # the kernel's working folder is another one
-    return {k: v for k, v in os.environ.items() if not k.startswith("VITLAB_")} | said
+    data = os.environ.get("VITLAB_DATA")
+    said = {
+        "VITLAB_ROOT": str(project.root), "VITLAB_STAMP": stamp, "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "VITLAB_DEADLINE": repr(terms.deadline) if terms.deadline < math.inf else "",
+        "VITLAB_FRESH": "1" if terms.fresh else "", "VITLAB_JOBS": str(terms.width) if terms.width > 1 else "",
+        "VITLAB_REHEARSAL": str(project.few or ""),
+        "VITLAB_DATA": data and os.path.abspath(data),  # the kernel's working folder is another one
+    }  # fmt: skip
+    others = {name: value for name, value in os.environ.items() if not name.startswith("VITLAB_")}
+    return others | {name: value for name, value in said.items() if value}
 
 
 def _publish(project, job, scratch, said):

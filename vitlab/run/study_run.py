@@ -1,18 +1,29 @@
 """`vitlab run`. What trains and measures is not imported here: that happens in the processes of the notebooks."""
 
+import contextlib
+import dataclasses
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from vitlab.run import notebooks, runner, slurm
 from vitlab.utils import threads
 
 INTERRUPTED_CODE, BUDGET_CODE = 130, 75
+FEW, SHORT = 128, 0.01  # of a rehearsal: images of each split, seconds of each timing
 
 
 def run(options):
     """Run what the options ask for."""
-    project = notebooks.project(options.project)
+    if options.rehearse and options.slurm is not None:
+        raise ValueError("--rehearse goes without --slurm: it is for this machine")
+    with rehearsal(notebooks.project(options.project), options.rehearse) as project:
+        return _run(project, options)
+
+
+def _run(project, options):
     if options.list:
         print(listing(project))
         return 0
@@ -20,6 +31,9 @@ def run(options):
     print(f"preset {preset}: {why}", flush=True)
     given = {name: notebooks.read_yaml(text, f"-p {name}") for name, text in options.parameter}
     jobs = runner.plan(project, preset, options.only, options.seeds, given)
+    if project.few:
+        print(f"a rehearsal: {project.few} images of each split, nothing is kept", flush=True)
+        jobs = [job if "seconds" in given else hurried(job) for job in jobs]
     task = os.environ.get(slurm.TASK)
     if options.slurm is not None and task is None:
         if not options.resume or options.jobs > 1:
@@ -41,6 +55,23 @@ def run(options):
     if (code := runner.exit_code(outcomes)) == BUDGET_CODE:
         print("\nThe budget is spent; the same command, without --fresh, goes on from here.", flush=True)
     return code
+
+
+@contextlib.contextmanager
+def rehearsal(project, wanted=True):
+    """The project as it is rehearsed: on few images, with a folder for what it writes that is gone after the block.
+
+    Every cell runs with the preset's models, epochs and settings, so that what would stop a run of a night, such as a
+    budget that a model cannot be brought down to, shows in minutes. The numbers mean nothing. Not `wanted`: as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitlab-rehearsal-") as folder:
+        yield dataclasses.replace(project, root=Path(folder).resolve(), few=FEW) if wanted else project
+
+
+def hurried(job):
+    """The job with timings as short as they can be."""
+    short = {"seconds": SHORT} if "seconds" in job.notebook.parameters else {}
+    return dataclasses.replace(job, parameters=job.parameters | short)
 
 
 def _all_threads():
