@@ -1,11 +1,14 @@
 """Token reduction, measured: figures and rows held against what can be worked out by hand."""
 
+import dataclasses
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
+from vitlab.metrics.measure import measure
 from vitlab.models.vit import ViT, ViTConfig
 from vitlab.study import zoo
 from vitlab.study.study import Arm
@@ -109,3 +112,17 @@ def test_panel_redraws_when_a_slider_moves(evaluator, monkeypatch):
     knobs["action"].value = "fuse"
     assert len(seen) == count + 1, "a score below zero cannot weigh: it says so instead of drawing"
     assert "error" not in str(box.children[3].outputs).lower()
+
+
+def test_what_a_row_tells_is_not_run_again(evaluator, tiny, monkeypatch):
+    model = reduce_tokens(evaluator.plain, config := TokenConfig(r_max=0.9, alpha=1.0))
+    seen = dataclasses.replace(tiny, test=tiny.val.take(len(evaluator.labels)))
+    row = measure(model, seen, batch=2, seconds=0.001)
+    by_running = evaluator.judged(config)
+    evaluator._judged.clear()
+    evaluator.remember(config, row)
+    monkeypatch.setattr(evaluator, "run", None)
+    assert torch.equal(evaluator.judged(config), by_running) and 0 < by_running.sum() < len(by_running)
+    assert torch.equal(*ts.judged(pd.DataFrame([row])), by_running)
+    with pytest.raises(ValueError, match="do not tell of 40 images"):
+        evaluator.remember(config, measure(model, dataclasses.replace(tiny, test=tiny.val.take(24)), seconds=0.001))

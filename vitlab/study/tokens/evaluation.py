@@ -16,7 +16,7 @@ from vitlab.compress.tokens.search import fit_budget
 from vitlab.data.augment import normalize
 from vitlab.metrics.measure import compare
 from vitlab.metrics.predict import input_size, kl_divergence, outputs
-from vitlab.metrics.statistics import paired_difference, paired_seeds, t_interval
+from vitlab.metrics.statistics import paired_difference, paired_seeds, t_interval, unpacked
 from vitlab.utils.device import device_of, example
 
 
@@ -79,6 +79,10 @@ class Evaluator:
             self._judged[config] = self.right(self.run(reduce_tokens(self.plain, config)))
         return self._judged[config]
 
+    def remember(self, config, row):
+        """Let `judged` take what a row of the same model on the same images already tells; ValueError if of others."""
+        self._judged[config] = torch.from_numpy(unpacked(row["right"], len(self.labels))).to(self.labels.device)
+
     def divergences(self, model):
         """KL divergence of the model's predictions from the plain model's for each image (nats), N."""
         own, goal = (logits.double().log_softmax(1) for logits in (self.run(model), self.logits))
@@ -97,6 +101,11 @@ class Evaluator:
         images = example(self.plain, self.images.shape[1:], batch)
         timed = compare(models, images, dtype=self.dtype, seconds=seconds, warmup=2, min_runs=3)
         return {name: t.median_s * 1e3 for name, t in timed.items()}
+
+
+def judged(rows):
+    """Which images were judged rightly, a bool tensor for each row of a DataFrame of rows."""
+    return [torch.from_numpy(unpacked(row.right, row.n)) for row in rows.itertuples()]
 
 
 def difference(right_a, right_b):
