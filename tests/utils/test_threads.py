@@ -81,3 +81,16 @@ def test_the_timing_puts_the_number_of_threads_back():
     assert list(times) == [1, 2] and min(times.values()) > 0
     assert torch.get_num_threads() == before and torch.equal(torch.get_rng_state(), state)
     assert list(threads.timings(1)) == [1]
+
+
+@pytest.mark.parametrize("torchs, count, each", [(4, 2, 2), (2, 2, 1), (2, 3, 1)])
+def test_workers_compute_with_their_share_of_torchs_threads(torchs, count, each):
+    before = torch.get_num_threads()
+    torch.set_num_threads(torchs)
+    try:
+        with threads.workers(count) as pool:
+            # a thread's first operation must not give it the number of all
+            found = [*pool.map(lambda _: (torch.ones(300, 300).exp().sum(), torch.get_num_threads())[1], range(9))]
+        assert found == [each] * 9 and torch.get_num_threads() == torchs
+    finally:
+        torch.set_num_threads(before)
