@@ -33,6 +33,7 @@ def test_the_presets_run_is_tried_on_few_images_and_nothing_is_kept(make, capfd)
     assert sorted(project.source.rglob("*")) == before
     cli.main([*options, "-p", "seconds=0.5", "--only", "02"])
     assert "seen: 0.5 2 128" in capfd.readouterr().out
+    assert cli.main(["run", "--list", "--rehearse", "--project", str(project.source)]) == 0
 
 
 def test_it_is_for_this_machine(make, capsys):

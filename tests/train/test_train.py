@@ -146,6 +146,8 @@ def test_one_step_is_adamw_on_the_soft_cross_entropy(data):
     optimizer.step()
     for ours, theirs in zip(model.parameters(), by_hand.parameters()):
         # a first step of Adam has the size of the rate, whatever the gradient: where that is near zero, rounding shows
+        clear = theirs.grad.abs() > 1e-6
+        torch.testing.assert_close(ours[clear], theirs[clear], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 
 from vitlab.data.augment import normalize
 from vitlab.utils.device import autocast, device_of, eager, running
-from vitlab.utils.threads import workers
-
-FEWEST = 32  # images that a thread takes at a time: with fewer, what Python does for every operation counts
+from vitlab.utils.threads import FEWEST, workers
 
 
 def input_size(model, default):

@@ -19,8 +19,9 @@ def run(options):
     """Run what the options ask for."""
     if options.rehearse and options.slurm is not None:
         raise ValueError("--rehearse goes without --slurm: it is for this machine")
-    with rehearsal(notebooks.project(options.project), options.rehearse) as project:
-        return _run(project, options)
+    project = notebooks.project(options.project)
+    with rehearsal(project) if options.rehearse and not options.list else contextlib.nullcontext(project) as place:
+        return _run(place, options)
 
 
 def _run(project, options):
@@ -58,14 +59,14 @@ def _run(project, options):
 
 
 @contextlib.contextmanager
-def rehearsal(project, wanted=True):
+def rehearsal(project):
     """The project as it is rehearsed: on few images, with a folder for what it writes that is gone after the block.
 
     Every cell runs with the preset's models, epochs and settings, so that what would stop a run of a night, such as a
-    budget that a model cannot be brought down to, shows in minutes. The numbers mean nothing. Not `wanted`: as it is.
+    budget that a model cannot be brought down to, shows in minutes. The numbers mean nothing.
     """
     with tempfile.TemporaryDirectory(prefix="vitlab-rehearsal-") as folder:
-        yield dataclasses.replace(project, root=Path(folder).resolve(), few=FEW) if wanted else project
+        yield dataclasses.replace(project, root=Path(folder).resolve(), few=FEW)
 
 
 def hurried(job):

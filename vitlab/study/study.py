@@ -94,9 +94,8 @@ class Study:
                 if not optional:
                     raise
                 self.log(f"not run for want of data: {error}")
-            else:
-                if few := os.environ.get("VITLAB_REHEARSAL"):  # see `vitlab run --rehearse`
-                    self._data[name] = self._data[name].few(int(few))
+            if name in self._data and (few := os.environ.get("VITLAB_REHEARSAL")):  # see `vitlab run --rehearse`
+                self._data[name] = self._data[name].few(int(few))
         return self._data.get(name)
 
     def arm(self, spec, data, seed=0, *, start=None, objective=cross_entropy, on_epoch=(), name=None):

@@ -16,9 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from vitlab.train.batchnorm import normalised
 from vitlab.utils.device import autocast
-from vitlab.utils.threads import workers
-
-SMALLEST = 32  # images of a share: with fewer, what Python does for every operation, one thread at a time, counts
+from vitlab.utils.threads import FEWEST, workers
 
 
 class Gradient:
@@ -119,7 +117,7 @@ def how_many(model, images, batch):
 
     It is for training with no objective and no hooks: what they do is not known to be of one image alone.
     """
-    most = min(torch.get_num_threads(), batch // SMALLEST)
+    most = min(torch.get_num_threads(), batch // FEWEST)
     return most if most > 1 and alone(model, images) else 1
 
 

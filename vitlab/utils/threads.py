@@ -1,4 +1,5 @@
-"""How many threads torch computes with, and how they wait for each other. To be set before torch is imported.
+"""How many threads torch computes with, and how they wait for each other. All but `workers` is to be called
+before torch is imported.
 
 OpenMP's threads spin while they wait for the slowest. Where another process wants the same core, the slowest is not
 even running, and the others burn the time that it needs: two trainings on two cores can slow each other down a
@@ -16,6 +17,7 @@ from pathlib import Path
 
 # read when OpenMP is loaded by GNU's, which torch's own build brings, and by LLVM's and Intel's
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+FEWEST = 32  # images that a thread takes at a time: with fewer, what Python does for every operation counts
 CPUS = Path("/sys/devices/system/cpu")
 WORTH = 0.9  # more threads are taken where they bring the time below this share of what fewer need
 

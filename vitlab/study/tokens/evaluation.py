@@ -105,7 +105,7 @@ class Evaluator:
 
 def judged(rows):
     """Which images were judged rightly, a bool tensor for each row of a DataFrame of rows."""
-    return [torch.from_numpy(unpacked(row.right, row.n)) for row in rows.itertuples()]
+    return [torch.from_numpy(unpacked(right, n)) for right, n in zip(rows.right, rows.n)]
 
 
 def difference(right_a, right_b):
