@@ -151,7 +151,8 @@ def tradeoff(rows, costs=("macs", "latency_ms")):
 def plain_log(axis_):
     """Plain numbers on a logarithmic axis."""
     low, high = axis_.get_view_interval()
-    axis_.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)))
+    steps = (1, 3) if high > 80 * low else (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
+    axis_.set_major_locator(LogLocator(subs=steps))
     axis_.set_major_formatter("{x:g}")
     axis_.set_minor_formatter(NullFormatter())
 
