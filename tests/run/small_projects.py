@@ -9,7 +9,8 @@ ROW = """
 import json, os, pathlib
 folder = pathlib.Path(os.environ["VITLAB_ROOT"]) / "results" / preset / {name!r}
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "arm.json").write_text(json.dumps({{"epochs": epochs, "fresh": os.environ.get("VITLAB_FRESH")}}))
+row = {{"epochs": epochs, "fresh": os.environ.get("VITLAB_FRESH"), "stamp": os.environ["VITLAB_STAMP"]}}
+(folder / "arm.json").write_text(json.dumps(row))
 """
 
 

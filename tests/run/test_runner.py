@@ -106,6 +106,10 @@ def test_what_makes_a_finished_run_stale(make, monkeypatch):
     book.write_text(source)
     assert go(project, resume=False)[0] == {"01_a": "done"}
     assert json.loads(row.read_text())["fresh"] == "1"
+    row.with_name("gone.json").write_text('{"stamp": "older"}')  # of an arm that there was before
+    assert go(project, resume=False)[0] == {"01_a": "done"}
+    row.with_name("gone.json").unlink()
+    assert runner.standing(project, job) == "up to date"
     row.unlink()
     assert runner.standing(project, job) == "rows are missing"
 

@@ -188,7 +188,7 @@ def findings(evidence, room):
     The first that says how sure it is (an interval, a number of seeds), else the first. Those that say so come first
     where there is no `room` for all (words).
     """
-    short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 45] for n in evidence.notebooks]
+    short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 60] for n in evidence.notebooks]
     lines = [next(filter(SURE.search, several), several[0]) for several in short if several]
     shown = []
     for line in sorted(lines, key=lambda line: not SURE.search(line)):

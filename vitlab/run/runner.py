@@ -47,9 +47,10 @@ class Job:
         """Where the executed copy lies."""
         return project.executed(self.preset) / f"{self.notebook.stem}{'.failed' if failed else ''}.ipynb"
 
-    def rows(self, project):
-        """The result files, one JSON a measured arm."""
-        return sorted(project.root.glob(f"results/{self.preset}/{self.notebook.stem}/*.json"))
+    def rows(self, project, stamp):
+        """How many of its result files have this stamp; those of older code may lie beside them."""
+        found = project.root.glob(f"results/{self.preset}/{self.notebook.stem}/*.json")
+        return sum(f'"stamp": "{stamp}"' in path.read_text(encoding="utf-8") for path in found)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def standing(project, job):
         return FAILED
     if not (marks := nb.marks(job.copy(project))):
         return "never run"
-    complete = len(job.rows(project)) >= marks.get("rows", 1)
+    complete = job.rows(project, marks.get("stamp")) >= marks.get("rows", 1)
     return stamps.difference(marks.get("stamp"), job.stamp(project)) or (SKIPPED if complete else "rows are missing")
 
 
@@ -263,8 +264,7 @@ def _publish(project, job, scratch, said):
     node = publish.clean(nbformat.read(scratch, as_version=4), project)
     node.metadata["vitlab"] = origin | said | {
         "device": cuda_device() or origin["device"], "preset": job.preset, "parameters": job.parameters,
-        "rows": len(job.rows(project)),
-    }  # fmt: skip
+        "rows": job.rows(project, said["stamp"])}  # fmt: skip
     files.write_text(job.copy(project, said["status"] == FAILED), nbformat.writes(node, version=4) + "\n")
     if said["status"] == DONE:
         job.copy(project, failed=True).unlink(missing_ok=True)

@@ -18,8 +18,8 @@ ALLOWED = {
 PROJECTS = {
     "S0": "Sparse-ViT: sparse training of a Vision Transformer from scratch",
     "S1": "FaViT: factorised attention with ProbSparse queries",
-    "S2": "Structured pruning of a Vision Transformer, and knowledge distillation",
-    "S3": "Token pruning by attention scores with an alpha schedule",
+    "S2": "Structured pruning and distillation: of a Vision Transformer, by a CNN",
+    "S3": "Token pruning: by attention scores, with an alpha schedule",
     "S4": "Linear-ViT: linear attention, Ripple and Hydra",
 }
 SI = {"%": 0.01, "M": 1e6, "MMac": 1e6, "GMac": 1e9, "MB": 1e6, "ms": 1e-3, "min": 60.0}
