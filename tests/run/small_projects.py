@@ -9,7 +9,7 @@ ROW = """
 import json, os, pathlib
 folder = pathlib.Path(os.environ["VITLAB_ROOT"]) / "results" / preset / {name!r}
 folder.mkdir(parents=True, exist_ok=True)
-row = {{"epochs": epochs, "fresh": os.environ.get("VITLAB_FRESH"), "stamp": os.environ["VITLAB_STAMP"]}}
+row = {{"epochs": epochs, "fresh": os.environ.get("VITLAB_FRESH"), "stamp": os.environ.get("VITLAB_STAMP")}}
 (folder / "arm.json").write_text(json.dumps(row))
 """
 

@@ -191,7 +191,7 @@ def _side_by_side(project, parts, terms):
             wait(training)
         except KeyboardInterrupt:
             terms.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            training = [one for one in training if not one.cancel()]  # a cancelled one is never "done" for `wait`
             while wait(training, timeout=0.5).not_done:
                 kill(terms.kernels)
             raise
