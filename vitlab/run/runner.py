@@ -50,7 +50,7 @@ class Job:
     def rows(self, project, stamp):
         """How many of its result files have this stamp; those of older code may lie beside them."""
         found = project.root.glob(f"results/{self.preset}/{self.notebook.stem}/*.json")
-        return sum(f'"stamp": "{stamp}"' in path.read_text(encoding="utf-8") for path in found)
+        return sum(f'"stamp": "{stamp}"' in path.read_text(encoding="utf-8", errors="replace") for path in found)
 
 
 @dataclass(frozen=True)
