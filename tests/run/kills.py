@@ -46,7 +46,8 @@ study = module.Study({stem!r}, preset, device="cpu")
 data = study.data("tiny")
 spec = zoo.scaled("ours", dict(
     dataset="tiny", image_size=32, dim=32, depth=2, heads=2, mlp_dim=64, epochs=epochs, batch=100, warmup=1,
-    dropout=0.1, drop_path=0.1, ema=0.9, mixup=0.2, augment="crop(4)+flip+trivial"))
+    dropout=0.1, drop_path=0.1, ema=0.9, mixup=0.2, augment="crop(4)+flip+trivial",
+    dtype="float32"))  # "auto" takes what it times to be faster, which need not be the same in both runs
 """
 END = """
 rows = study.rows(arms, data, seconds=0.05, batch=16)

@@ -226,12 +226,20 @@ def test_two_runs_at_once_share_the_work(make, capfd):
 
 def test_an_arm_that_two_want_at_once_is_trained_once(tmp_path):
     spec, said, found, together = zoo.scaled("S0/dense", CHANGES), [], [], threading.Barrier(2)
+    other_waits = threading.Event()
+
+    def log(line):
+        said.append(line)
+        if "waiting for" in line:
+            other_waits.set()
+        elif ": training" in line:
+            other_waits.wait(60)  # so that the first is not through before the other comes
 
     def want(study, data):
         together.wait()
         found.append(study.arm(spec, data).model.head.weight)
 
-    studies = [Study("01_a", root=tmp_path, device="cpu", log=said.append) for _ in range(2)]
+    studies = [Study("01_a", root=tmp_path, device="cpu", log=log) for _ in range(2)]
     threads = [threading.Thread(target=want, args=(study, study.data("tiny"))) for study in studies]
     for thread in threads:
         thread.start()
