@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, kernel_choice
+from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, depthwise, kernel_choice
 from vitlab.models.vit import ViT, ViTConfig
 
 PUBLISHED = {"num_classes": 100, "dim": 384, "depth": 12, "heads": 6, "qkv_bias": False}
@@ -174,6 +174,33 @@ def test_hydra_branches_share_keys_and_values():
         branches.append(torch.cat([own[:, :1], own[:, 1:] + conv.flatten(2).transpose(1, 2)], dim=1))
     wanted = attn.proj(F.gelu(attn.fuse(attn.norm(torch.cat(branches, dim=-1)))))
     torch.testing.assert_close(attn(x), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("branches", [1, 4])
+def test_views_branch_by_branch_are_one_grouped_convolution(branches):
+    attn, _ = build("hydra", branches=branches)
+    torch.nn.init.normal_(attn.local.bias)
+    image = torch.randn(2, 24, 8, 8, generator=torch.Generator().manual_seed(3))
+    grouped = attn.local(image).unflatten(1, (24, branches)).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(attn.views(image), grouped, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("convolve, options", [(F.conv2d, {"stride": 2}), (F.conv_transpose2d, {"stride": 2})])
+def test_depthwise_is_exact_under_autocast(convolve, options):
+    """In bfloat16 but for the last rounding: PyTorch's own bfloat16 convolution has its weights rounded, too."""
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 16, 8, 8, generator=draw).bfloat16().requires_grad_()
+    weight = torch.randn(16, 1, 3, 3, generator=draw).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = depthwise(convolve, x, weight, padding=1, **options)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wanted = convolve(*wide, padding=1, groups=16, **options)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), wanted, atol=1e-6, rtol=2**-8)
+    pull = torch.randn(y.shape, generator=draw).bfloat16()
+    y.backward(pull)
+    wanted.backward(pull.double())
+    torch.testing.assert_close(weight.grad.double(), wide[1].grad, atol=1e-5, rtol=1e-5)
 
 
 def test_the_softmax_control_trains_in_bfloat16_like_softmax_attention(monkeypatch):

@@ -15,6 +15,20 @@ from vitlab.utils.checks import is_number
 PRODUCTS = ("linear", "softmax")
 
 
+def depthwise(convolve, x, weight, bias=None, **options):
+    """`convolve` (F.conv2d or F.conv_transpose2d) of x, B C H W, channel by channel; x's dtype.
+
+    In float32 where autocast on a CPU would take bfloat16: strided and transposed depthwise convolutions take 40 to 60
+    times as long there (PyTorch 2.15, one thread), more than all else in a layer.
+    """
+    options["groups"] = x.shape[1]
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return convolve(x, weight, bias, **options)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        return convolve(x.float(), weight.float(), bias, **options).to(x.dtype)
+
+
 class LinearAttention(nn.Module):
     """Multi-head linear attention (Katharopoulos et al. 2020, eq. 4-5); tokens B N D -> B N D.
 
@@ -130,7 +144,7 @@ class RippleAttention(LinearAttention):
         images = [self.image(qkv, slots=2)]
         for pool in self.pools:
             weight, bias = pool.weight.repeat(2, 1, 1, 1), pool.bias.repeat(2)
-            images.append(F.conv2d(images[-1], weight, bias, stride=2, padding=1, groups=len(weight)))
+            images.append(depthwise(F.conv2d, images[-1], weight, bias, stride=2, padding=1))
         return images
 
     def pooled(self, levels):
@@ -144,7 +158,7 @@ class RippleAttention(LinearAttention):
         y = values[-1]
         for i, expand in reversed(list(enumerate(self.expands))):
             odd = values[i].shape[-1] % 2  # a side of 2s - 1 was pooled to s just as 2s was
-            y = F.conv_transpose2d(y, expand.weight, stride=2, padding=1, output_padding=1 - odd, groups=y.shape[1])
+            y = depthwise(F.conv_transpose2d, y, expand.weight, stride=2, padding=1, output_padding=1 - odd)
             y = y + values[i] if i else y
         return y
 
@@ -201,9 +215,17 @@ class HydraAttention(LinearAttention):
     def forward(self, x):
         qkv = self.packed(x)
         y = self.attend(qkv).flatten(2)  # B N R*D, a branch after the other
-        # a grouped convolution returns D groups of R channels
-        local = self.local(self.image(qkv)).unflatten(1, (-1, self.branches)).transpose(1, 2).flatten(1, 2)
-        return self.proj(F.gelu(self.fuse(self.norm(self.with_local(y, local)))))
+        return self.proj(F.gelu(self.fuse(self.norm(self.with_local(y, self.views(self.image(qkv)))))))
+
+    def views(self, image):
+        """Each branch's depthwise 3x3 of an image B D grid grid: B R*D grid grid, a branch after the other."""
+        if image.device.type != "cpu":
+            # a grouped convolution returns D groups of R channels
+            return self.local(image).unflatten(1, (-1, self.branches)).transpose(1, 2).flatten(1, 2)
+        # a CPU has no fast kernel for R channels a group: branch by branch takes a fifth of the time, both ways
+        weights, biases = (p.unflatten(0, (-1, self.branches)).unbind(1) for p in self.local.parameters())
+        options = {"padding": 1, "groups": image.shape[1]}
+        return torch.cat([F.conv2d(image, w, b, **options) for w, b in zip(weights, biases)], dim=1)
 
     def macs(self, tokens=None):
         tokens = tokens or self.grid**2 + self.prefix

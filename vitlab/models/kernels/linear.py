@@ -30,13 +30,23 @@ SAVE_STATE_ABOVE = 256  # tokens; beyond, re-reading keys and values in the back
 def features(x, phi):
     """phi(x) over the last dimension: "relu" = [relu(x), relu(-x)], "elu" = elu(x) + 1, "softmax"."""
     if phi == "relu":
-        return torch.cat([x.relu(), (-x).relu()], dim=-1)
+        return torch.cat([x, -x], dim=-1).relu()  # in one go: its backward pass wants a gradient without gaps
     return F.elu(x) + 1 if phi == "elu" else x.softmax(dim=-1)
 
 
 def keys_values(qkv, extra=None):
     """All keys and values, each B M heads d: the tokens' own, then the extra ones."""
-    k, v = qkv[:, :, -2], qkv[:, :, -1]
+    _, k, v = _apart(qkv)
+    return _joined(k, v, extra)
+
+
+def _apart(qkv):
+    """Queries B n R heads d, keys and values B n heads d; cut at once, so that their gradients are joined at once."""
+    q, k, v = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
+    return q, k.squeeze(2), v.squeeze(2)
+
+
+def _joined(k, v, extra):
     if extra is None or not extra.shape[1]:
         return k, v
     return torch.cat([k, extra[:, :, 0]], dim=1), torch.cat([v, extra[:, :, 1]], dim=1)
@@ -44,8 +54,9 @@ def keys_values(qkv, extra=None):
 
 def plain(qkv, extra=None, phi="relu", eps=EPS):
     """Linear attention in plain PyTorch, any device and dtype, differentiable; the kernels' reference."""
-    k, v = (x.transpose(1, 2) for x in keys_values(qkv, extra))  # B h M d
-    q = qkv[:, :, :-2].permute(0, 3, 2, 1, 4).flatten(2, 3)  # B h R*n d
+    q, k, v = _apart(qkv)
+    k, v = (x.transpose(1, 2) for x in _joined(k, v, extra))  # B h M d
+    q = q.permute(0, 3, 2, 1, 4).flatten(2, 3)  # B h R*n d
     fq, fk = features(q, phi), features(k, phi)
     state = (fk / k.shape[2]).mT @ v  # B h F d
     norm = fk.mean(dim=2).unsqueeze(-1)  # B h F 1
