@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vitlab.study import plots
-from vitlab.study.label_plots import name_beside
+from vitlab.study.label_plots import name_beside, name_near
 
 matplotlib.use("Agg")
 
@@ -80,3 +80,20 @@ def test_names_stand_beside_their_points_in_order_and_apart():
     many = [text.get_position()[1] for text in ax.texts[-40:]]
     assert many[0] < 0 and abs(many[0] + many[-1] - 1) < 1e-9
     matplotlib.pyplot.close("all")
+
+
+def test_names_near_points_cover_no_marker_and_no_other_name():
+    figure, ax = matplotlib.pyplot.subplots(figsize=(4, 3))
+    crowd = [(0.5 + x / 50, 0.5 + y / 50) for x in range(-3, 4) for y in range(-3, 4)]
+    points = [(0.2, 0.8), (0.95, 0.2), (0.5, 0.5), (0.2, 0.81)]
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    name_near(ax, [(*at, f"a name, $ {i}") for i, at in enumerate(points)], [*points, *crowd])
+    figure.draw_without_rendering()
+    boxes = {text.get_text()[-1]: text.get_window_extent() for text in ax.texts}
+    assert set(boxes) == {"0", "1", "3"}  # the one in the middle of the crowd has no room
+    assert boxes["0"].x0 > ax.transData.transform(points[0])[0]  # right of its point, where there is room
+    assert boxes["1"].x1 < ax.transData.transform(points[1])[0]  # and left of it near the edge
+    for box in boxes.values():
+        assert not any(box.contains(*at) for at in ax.transData.transform([*points, *crowd]))
+        assert box.count_overlaps(list(boxes.values())) == 1 and figure.bbox.fully_containsx(box.x1)
+    matplotlib.pyplot.close(figure)

@@ -2,12 +2,14 @@
 
 import math
 import re
+import textwrap
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study import claims, plots, zoo
+from vitlab.study.label_plots import name_near
 from vitlab.study.noise import NOISE, image_noise, interval, paired_image_noise
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
@@ -137,14 +139,14 @@ def claimed():
 def chart(frame, panels, *, said=None):
     """Panels side by side, each a pair of columns (x, y): one marker a family, 95 % where several seeds are, the front.
 
-    The interval is that of what is drawn: of the change, or of the accuracy.
-
-    said: points of `claimed`, as hollow stars, named where no other name stands.
+    The interval is that of what is drawn: of the change, or of the accuracy. said: points of `claimed`, as hollow
+    stars. They and what is at the front are named, as far as there is room.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
     look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s"), "plain ViT, other size": ("0.45", "s")}
     order = dict.fromkeys([*FAMILIES, *GROUPS.values()])  # what others are held against is black and grey
     look |= plots.colours([family for family in order if family not in look and family in set(frame.family)])
+    to_name = []
     for ax, (x, y) in zip(axes[0], panels):
         scale, margin = COLUMNS[x].scale if x in COLUMNS else 1.0, MARGINS[y != "change"]
         for family, part in frame.dropna(subset=[x, y]).groupby("family", sort=False):
@@ -157,6 +159,8 @@ def chart(frame, panels, *, said=None):
         if y == "change":
             ax.axhline(0, color="0.5", linewidth=0.8)
             ax.axvline(1, color="0.5", linewidth=0.8)
+            stars = [] if said is None else said.sort_values(x)[[x, y, "model"]].dropna()[::-1].to_numpy()
+            to_name.append([(*at, _claimant(model)) for *at, model in stars])
             ax.set_yscale("symlog", linthresh=1, subs=(2, 5))
             ax.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
             for (across, up, side, end), words in CORNERS.items():
@@ -164,21 +168,26 @@ def chart(frame, panels, *, said=None):
         else:
             best = front(frame, x, y, lower=x != "images_per_s")
             ax.plot(best[x] * scale, best[y], color="0.6", linewidth=1, zorder=0)
+            to_name.append(list(zip(best[x] * scale, best[y], best.arm.map(_wrapped)))[::-1])
         ax.margins(0.08)
         ax.set(xscale="log", ylabel=LABELS.get(y) or plots.axis(y),
                xlabel=LABELS[x].format(f"{frame.batch.max():g}") if x in LABELS else plots.axis(x))  # fmt: skip
         plots.plain_log(ax.xaxis)
-        named = []
-        for *at, model in () if said is None else said.sort_values(x)[[x, y, "model"]].dropna()[::-1].to_numpy():
-            project, _, arm = model.partition("/")
-            place = ax.transData.transform(at)
-            if all(any(abs(place - other) > (90, 12)) for other in named):
-                named.append(place)
-                ax.annotate(f"{METHODS[project]},\n{arm.replace('-', ' ')}", at, (8, 0), fontsize=7, va="center",
-                            textcoords="offset points")  # fmt: skip
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=4)
+    for ax, names in zip(axes[0], to_name):
+        marked = (line for line in ax.get_lines() if line.get_marker() not in ("None", None, ""))
+        name_near(ax, names, [at for line in marked for at in line.get_xydata()])
     return figure
+
+
+def _wrapped(arm):
+    return textwrap.fill(re.sub(zoo.STAND_IN, "", arm), 24)
+
+
+def _claimant(model):
+    project, _, arm = model.partition("/")
+    return f"{METHODS[project]},\n{arm.replace('-', ' ')}"
 
 
 def sortable(frame):
