@@ -1,11 +1,15 @@
 """The trained models that come with the project: on real test images they are what checkpoints/README.md says."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from vitlab.compress.sparsify import HeadPenalty, Progressive
 from vitlab.data import datasets as data
 from vitlab.metrics import measure
 from vitlab.models import checkpoint
+from vitlab.run.notebooks import read_yaml
 from vitlab.study import zoo
 from vitlab.study.study import DEMO, arm_key
 
@@ -55,8 +59,22 @@ def test_sparse_vits_models_are_of_the_published_shape_and_have_learnt(tiny, nam
     assert found > 35, "200 real images; 10 % would be chance"
 
 
+@pytest.mark.parametrize("name, file, seed, at_least", [
+    ("ours", "ours-cifar10-muon", 0, 90), ("ours", "ours-cifar10-muon-s1", 1, 90),
+    ("ours", "ours-cifar10-muon-s2", 2, 90), ("ours", "ours-cifar100-muon", 0, 70),
+    *(("S4/baseline", f"S4-cifar100-s{seed}", seed, 45) for seed in range(3)),
+])  # fmt: skip
+def test_arms_of_the_cpu_preset_are_found_by_its_notebook(name, file, seed, at_least):
+    preset = Path(zoo.__file__).parents[2] / "presets" / "cpu.yaml"
+    spec = zoo.scaled(name, read_yaml(preset.read_text(), preset.name)["01_baseline"]["changes"][name])
+    about = checkpoint.read(DEMO / f"{file}.safetensors").about
+    config = replace(spec.config, num_classes=100 if about["dataset"] == "cifar100" else 10)
+    assert about["key"] == arm_key(config, replace(spec.recipe, seed=seed), about["data"])
+    assert about["history"][-1]["val_accuracy"] > at_least
+
+
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 15 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 19 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6
