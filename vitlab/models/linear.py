@@ -18,7 +18,7 @@ PRODUCTS = ("linear", "softmax")
 def depthwise(convolve, x, weight, bias=None, **options):
     """`convolve` (F.conv2d or F.conv_transpose2d) of x, B C H W, channel by channel; x's dtype.
 
-    In float32 where autocast on a CPU would take bfloat16: strided and transposed depthwise convolutions take 40 to 60
+    In float32 where autocast on a CPU would take bfloat16: strided and transposed depthwise convolutions take 16 to 66
     times as long there (PyTorch 2.15, one thread), more than all else in a layer.
     """
     options["groups"] = x.shape[1]
