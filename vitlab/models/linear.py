@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlab.models.attention import ATTENTIONS, attend
-from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, keys_values, linear_attention
+from vitlab.models.kernels.linear import EPS, KERNELS, PHIS, choose, features, linear_attention, queries_keys_values
 from vitlab.models.kernels.linear import macs as product_macs
 from vitlab.utils.checks import is_number
 
@@ -66,8 +66,9 @@ class LinearAttention(nn.Module):
         """B N slots heads head_dim -> B N R heads head_dim."""
         if self.product == "linear":
             return linear_attention(qkv, extra, phi=self.phi, eps=self.eps, kernels=self.kernels)
-        q = qkv[:, :, :-2].permute(0, 3, 2, 1, 4)  # B heads R N head_dim
-        k, v = (x.transpose(1, 2) for x in keys_values(qkv, extra))  # B heads M head_dim
+        q, k, v = queries_keys_values(qkv, extra)
+        q = q.permute(0, 3, 2, 1, 4)  # B heads R N head_dim
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # B heads M head_dim
         y = attend(q.flatten(2, 3), k, v)
         return y.unflatten(2, q.shape[2:4]).permute(0, 3, 2, 1, 4)
 

@@ -34,28 +34,22 @@ def features(x, phi):
     return F.elu(x) + 1 if phi == "elu" else x.softmax(dim=-1)
 
 
-def keys_values(qkv, extra=None):
-    """All keys and values, each B M heads d: the tokens' own, then the extra ones."""
-    _, k, v = _apart(qkv)
-    return _joined(k, v, extra)
+def queries_keys_values(qkv, extra=None):
+    """Queries B n R heads d, and all keys and values, each B M heads d: the tokens' own, then the extra ones.
 
-
-def _apart(qkv):
-    """Queries B n R heads d, keys and values B n heads d; cut at once, so that their gradients are joined at once."""
+    Cut at once, so that their gradients are joined at once.
+    """
     q, k, v = qkv.split([qkv.shape[2] - 2, 1, 1], dim=2)
-    return q, k.squeeze(2), v.squeeze(2)
-
-
-def _joined(k, v, extra):
+    k, v = k.squeeze(2), v.squeeze(2)
     if extra is None or not extra.shape[1]:
-        return k, v
-    return torch.cat([k, extra[:, :, 0]], dim=1), torch.cat([v, extra[:, :, 1]], dim=1)
+        return q, k, v
+    return q, torch.cat([k, extra[:, :, 0]], dim=1), torch.cat([v, extra[:, :, 1]], dim=1)
 
 
 def plain(qkv, extra=None, phi="relu", eps=EPS):
     """Linear attention in plain PyTorch, any device and dtype, differentiable; the kernels' reference."""
-    q, k, v = _apart(qkv)
-    k, v = (x.transpose(1, 2) for x in _joined(k, v, extra))  # B h M d
+    q, k, v = queries_keys_values(qkv, extra)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # B h M d
     q = q.permute(0, 3, 2, 1, 4).flatten(2, 3)  # B h R*n d
     fq, fk = features(q, phi), features(k, phi)
     state = (fk / k.shape[2]).mT @ v  # B h F d
