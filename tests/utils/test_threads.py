@@ -41,6 +41,21 @@ def test_torchs_openmp_reads_it(clean):
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
 
 
+def test_the_command_lets_threads_spin_briefly_unless_told_otherwise(clean):
+    """libgomp shows, when asked, how often it looks before it sleeps."""
+    code = "from vitlab import cli\nassert cli.set_waiting()\nimport torch\n"
+
+    def shown(**more):
+        clean.pop("GOMP_SPINCOUNT", None)
+        done = subprocess.run([sys.executable, "-c", code], env=clean | {"OMP_DISPLAY_ENV": "verbose"} | more,
+                              capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
+        return done.stderr
+
+    assert "GOMP_SPINCOUNT = '20000'" in shown() and "OMP_WAIT_POLICY = 'PASSIVE'" in shown()
+    assert "GOMP_SPINCOUNT = '7'" in shown(GOMP_SPINCOUNT="7")
+    assert "GOMP_SPINCOUNT = '20000'" not in shown(OMP_WAIT_POLICY="active")
+
+
 def test_logical_processors_of_one_core_count_once(tmp_path, monkeypatch):
     for number, core in enumerate(("0,2", "1,3", "0,2", "1,3", "4")):
         folder = tmp_path / f"cpu{number}" / "topology"
