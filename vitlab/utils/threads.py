@@ -3,10 +3,10 @@ before torch is imported.
 
 OpenMP's threads spin while they wait for the slowest. Where another process wants the same core, the slowest is not
 even running, and the others burn the time that it needs: two trainings on two cores can slow each other down a
-hundredfold (bench/neighbour.py). So waiting threads sleep here, by the command line after a brief look
-for work (vitlab/cli.py). How many threads pay depends on the machine and its
-load, too, so `choose` times it. Sums are added in another order with another number of threads, so that runs agree to
-the last bit only where it is the same: OMP_NUM_THREADS fixes it.
+hundredfold (bench/neighbour.py). So waiting threads sleep here, by the command line after a brief look for work
+(vitlab/cli.py). How many threads pay depends on the machine and its load, too, so `choose` times it. Sums are added in
+another order with another number of threads, so that runs agree to the last bit only where it is the same:
+OMP_NUM_THREADS fixes it.
 """
 
 import os
