@@ -112,6 +112,7 @@ def test_tensorboard_gets_every_scalar_once_over_a_resumption(data, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         trained(data, tensorboard=logs, checkpoint=path, save_every=0, on_epoch=[stop])
+    time.sleep(1)  # the files' names start with the second and are read in order: within one, "10" comes before "9"
     _, history = trained(data, tensorboard=logs, checkpoint=path, save_every=0)
     events = EventAccumulator(str(logs)).Reload()
     assert {"loss", "accuracy", "val_accuracy", "val_loss", "lr", "images_per_s"} <= set(events.Tags()["scalars"])
