@@ -57,38 +57,41 @@ class Plan:
     def join(self, x):
         """B N D -> (B K D: the mean of each row's tokens, mass B K of each row or None if they are dropped).
 
-        Each token is scaled by its share of its row before it is added, so most are touched once only.
+        A token that joins moves the mean of its row towards itself, by its share of the row's mass.
         """
         if self.target is None:
             return take(x, self.stay), None
-        n, k = x.shape[1], self.rows
-        stay, gone, target = flat(self.stay, n), flat(self.gone, n), flat(self.target, k)
-        x_stay, x_gone = (x.flatten(0, 1).index_select(0, rows) for rows in (stay, gone))
+        image = torch.arange(len(x), device=x.device)[:, None]
+        # rows of the tokens of all images, one after the other
+        stay, gone, target = ((rows + image * n).flatten() for rows, n in
+                              ((self.stay, x.shape[1]), (self.gone, x.shape[1]), (self.target, self.rows)))  # fmt: skip
         mass = x.new_ones(x.shape[:2], dtype=torch.float32) if self.mass is None else self.mass
-        mass_stay, mass_gone = (mass.flatten().index_select(0, rows) for rows in (stay, gone))
-        total = self._added(mass_stay, mass_gone, target)
-        share = mass_stay / total.unflatten(0, (-1, k))[:, : self.stay.shape[1]].flatten()
-        gone_share = mass_gone / total.index_select(0, target)
-        mean = self._added(x_stay * share[:, None], x_gone * gone_share[:, None], target)
+        mass_gone, x_gone = (values.flatten(0, 1).index_select(0, gone) for values in (mass, x))
+        total = self._filled(mass.flatten().index_select(0, stay)).index_add(0, target, mass_gone)
+        share = mass_gone / total.index_select(0, target)
+        wide = torch.promote_types(x.dtype, share.dtype)
+        kept = self._filled(x.flatten(0, 1).index_select(0, stay)).to(wide)
+        joined = kept.index_select(0, target)
+        mean = kept.index_add(0, target, (x_gone - joined) * share[:, None])
         if self.lengths:
-            length = self._added(_length(x_stay) * share, _length(x_gone) * gone_share, target)
+            length = _length(kept).index_add(0, target, (_length(x_gone) - _length(joined)) * share)
             mean = mean * (length / _length(mean).clamp_min(1e-6))[:, None]
-        return mean.to(x.dtype).unflatten(0, (-1, k)), total.unflatten(0, (-1, k))
+        return mean.to(x.dtype).unflatten(0, (-1, self.rows)), total.unflatten(0, (-1, self.rows))
 
-    def _added(self, kept, joining, target):
-        """Rows that stay, (B S), and those that join rows `target` of the output -> their sums, (B K)."""
+    def _filled(self, kept):
+        """What stays, (B S) or (B S) D, with zeros for the fused rows: (B K) or (B K) D."""
+        if not self.fused:
+            return kept
         kept = kept.unflatten(0, self.stay.shape)
-        if self.fused:
-            kept = torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1)
-        return kept.flatten(0, 1).index_add(0, target, joining)
+        return torch.cat([kept, kept.new_zeros(len(kept), 1, *kept.shape[2:])], dim=1).flatten(0, 1)
 
     def total(self, x):
         """B N -> B K: the sum over each row's tokens (sizes)."""
         kept = take(x, self.stay)
         if self.target is None:
             return kept
-        sums = self._added(kept.flatten(), take(x, self.gone).flatten(), flat(self.target, self.rows))
-        return sums.unflatten(0, (-1, self.rows))
+        kept = self._filled(kept.flatten()).unflatten(0, (-1, self.rows))
+        return add_rows(kept, self.target, take(x, self.gone))
 
     @property
     def rows(self):
@@ -118,15 +121,14 @@ def split_by(score, keep, prefix):
     """(stay, gone): the prefix and the `keep` best patches, and the others; rows of the whole sequence."""
     ranked = score.topk(score.shape[1], dim=1).indices + prefix
     # in order of position: topk's own order is not the same everywhere, and matching goes by order
-    return with_prefix(ranked[:, :keep].sort(dim=1).values, prefix), ranked[:, keep:]
+    return with_prefix(prefix, ranked[:, :keep].sort(dim=1).values), ranked[:, keep:]
 
 
-def with_prefix(rows, prefix):
-    """The rows of the prefix tokens before `rows` (B K)."""
-    if not prefix:
-        return rows
-    first = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
-    return torch.cat([first, rows], dim=1)
+def with_prefix(prefix, *rows):
+    """The rows of the prefix tokens before all of `rows`, each B K."""
+    if prefix:
+        rows = torch.arange(prefix, device=rows[0].device).expand(len(rows[0]), -1), *rows
+    return torch.cat(rows, dim=1)
 
 
 def fuse(score, keep, prefix):
@@ -156,14 +158,15 @@ def bipartite(keys, merged, prefix, size, power=0.0):
     # destinations are the even patches, so that there are never fewer of them than sources
     worth = (keys[:, 1::2] @ keys[:, 0::2].transpose(1, 2)).float()  # B sources destinations
     if size is not None and power:
-        one, other = size[:, prefix + 1 :: 2, None], size[:, None, prefix::2]
-        worth = (worth - 1) * (2 * one * other / (one + other)) ** power
+        half = 0.5 / size
+        # 2 a b / (a + b) is 1 / (1 / 2a + 1 / 2b)
+        worth = (worth - 1) * (half[:, prefix + 1 :: 2, None] + half[:, None, prefix::2]) ** -power
     best, partner = worth.max(-1)
     sources = best.shape[1]
     ranked = best.topk(sources, dim=1).indices
     chosen, unmerged = ranked[:, :merged], ranked[:, merged:].sort(dim=1).values
     even = torch.arange(prefix, prefix + patches, 2, device=keys.device).expand(b, -1)
-    stay = with_prefix(torch.cat([unmerged * 2 + (1 + prefix), even], dim=1), prefix)
+    stay = with_prefix(prefix, unmerged * 2 + (1 + prefix), even)
     target = torch.gather(partner, 1, chosen) + (prefix + sources - merged)
     return Plan(stay, chosen * 2 + (1 + prefix), target, size)
 

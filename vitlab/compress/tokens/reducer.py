@@ -75,11 +75,10 @@ class Reducer:
         mix = (lambda hidden: self._mixed(block, state, hidden)) if off_grid else None
         return self._carry_out(pending, dataclasses.replace(state, x=state.x + self.parts.mlp(block, state.x, mix)))
 
-    def view(self, layer, state, query=None, key=None):
+    def view(self, layer, state):
         """What the scores see of block `layer`."""
-        if query is None:
-            block = self.parts.model.blocks[layer]
-            query, key, _ = block.attn.split(block.norm1(state.x))
+        block = self.parts.model.blocks[layer]
+        query, key, _ = block.attn.split(block.norm1(state.x))
         return View(self, layer, state, query, key, self._bias(state))
 
     def _bias(self, state):
@@ -92,7 +91,7 @@ class Reducer:
         normed, bias, plans = block.norm1(state.x), self._bias(state), []
         query, key, value = block.attn.split(normed)
         if self.counts[layer] < state.x.shape[1]:
-            state, plans = self._plans(layer, self.view(layer, state, query, key), state, normed)
+            state, plans = self._plans(layer, View(self, layer, state, query, key, bias), state, normed)
         dropped = self.config.action == "drop" and self.inside
         if plans and dropped:
             # nothing reads what the dropped ones would see, so only the survivors are queries
@@ -123,9 +122,10 @@ class Reducer:
             x, mass = plan.join(state.x)
             size, positions, owner, score = state.size, state.positions, state.owner, state.score
             if self.sized and (size is not None or plan.target is not None):
-                ones = x.new_ones(len(x), before, dtype=torch.float32)
-                # the mass of a row of tokens merged by size is its size
-                size = plan.total(ones if size is None else size) if plan.fused or mass is None else mass
+                if plan.fused or mass is None:
+                    size = plan.total(x.new_ones(len(x), before, dtype=torch.float32) if size is None else size)
+                else:  # the mass of a row of tokens merged by size is its size
+                    size = mass
             if positions is not None:
                 positions = plan.positions(positions)
             if owner is not None:
