@@ -21,6 +21,7 @@ import time
 
 from record import record
 
+from vitlab import cli
 from vitlab.utils import threads
 
 BATCH, DEPTH = 128, 6
@@ -101,11 +102,11 @@ def compare(dim, seconds, rounds):
     """{setting: [images a second, a round each]}."""
     command = [sys.executable, __file__, "--dims", str(dim), "--worker"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # threads that wait sleep, in all alike
-    runs = {}
+    # threads that wait sleep, as vitlab's command line has them do, in all alike
+    waiting, runs = threads.PASSIVE | cli.SHORT_SPIN, {}
     try:
         for name in (*OURS, *PEERS):  # one after another, since threads and precision are chosen by short timings
-            runs[name] = subprocess.Popen([*command, name], env=threads.PASSIVE | os.environ, **pipes)
+            runs[name] = subprocess.Popen([*command, name], env=waiting | os.environ, **pipes)
             if runs[name].stdout.readline().strip() != "ready":
                 raise RuntimeError(f"{name} did not start")
         found = {name: [] for name in runs}
