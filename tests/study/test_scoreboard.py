@@ -85,12 +85,22 @@ def test_groups_are_of_families_that_there_are():
     plt.close(figure)
 
 
+def test_one_disturbed_seed_moves_no_speed():
+    quiet = rows(*(("S3/baseline-small", seed, 60.0, 2.0, 100.0) for seed in range(3)),
+                 *(("S3/pruned-on-small", seed, 59.0, 1.0, 150.0) for seed in range(3)))  # fmt: skip
+    busy = quiet.assign(latency_ms=quiet.latency_ms.mask(quiet.index == 4, 50.0),
+                        images_per_s=quiet.images_per_s.mask(quiet.index == 0, 9.0))  # fmt: skip
+    columns = ["latency_ms", "images_per_s", "latency_x", "images_per_s_x", "latency_ms %", "images_per_s %"]
+    one, other = (scoreboard.board(r)[columns].values.tolist() for r in (quiet, busy))
+    assert one == other == [[2, 100, 1, 1, 0, 0], [1, 150, 2, 1.5, -50, 50]]
+
+
 def test_changes_are_paired_by_seed_and_stand_beside_the_means():
     base, pruned = scoreboard.board(TWO).to_dict("records")
     assert (base["family"], pruned["family"], pruned["base"]) == ("baseline", "tokens dropped", "S3/baseline")
     assert (base["change"], base["latency_x"], base["accuracy_top1"]) == (0, 1, 61)
     assert (pruned["change"], pruned["n"], pruned["images_per_s_x"]) == (-1.5, 2, 1.5)
-    assert pruned["latency_x"] == pytest.approx((0.5 + 1) / 2) and 0 < pruned["margin"] < 2
+    assert pruned["latency_x"] == pytest.approx(2 / 3) and 0 < pruned["margin"] < 2
     assert pruned["accuracy_top1 %"] == pytest.approx(50 * (59 / 60 + 60 / 62) - 100)
     # what is its own base changes by 0 by definition; an accuracy has an interval of its own (t of 11 degrees: 2.20)
     assert pd.isna(base["margin"]) and pruned["margin"] == pytest.approx(2.200985 * ((10 * 0.5 + 0.5) / 11 / 2) ** 0.5)

@@ -10,7 +10,7 @@ from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts, zoo
-from vitlab.study.noise import change, image_noise
+from vitlab.study.noise import change, image_noise, times
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_record, write_text
 
@@ -165,7 +165,7 @@ def _found(evidence, number, arm, control):
     gain = (first.accuracy_top1 - second.accuracy_top1).dropna()
     if not len(gain):
         return "nothing yet", f"notebook {number} has no seed of both"
-    speed = (first.images_per_s / second.images_per_s).mean()
+    speed = times(first, second)["images_per_s"]
     once = drawn(rows).assign(arm=rows.model).drop_duplicates(["arm", "seed"], keep="last")
     last = rows[rows.model == arm].iloc[-1]
     # a method that is built as described, at the published size, is not "as published" either

@@ -18,6 +18,7 @@ NOISE = {"accuracy": 0.5, "speed": 0.12, "power": 0.02, "memory": 0.0, "structur
 # apart, spread by 3.2 % (batches of 1, 64 and 256 of two models, pooled; speed-*.json of notebook 05, one CPU thread).
 # Within one comparison, ratios that repeat the same work spread by 1.1 % (its rivals-*.json): this is on the wide side.
 IN_TURNS = 0.03
+TIMES = ["latency_ms", "images_per_s"]  # of these the seeds' median counts: what disturbs one seed is no property
 PRIOR = 10  # as many degrees of freedom NOISE counts for beside those of the runs themselves
 
 
@@ -128,3 +129,14 @@ def over_seeds(values, column):
     values = [float(v) for v in values if v is not None and v == v]
     text = show(fmean(values) if values else None, column)
     return text + (f" ± {show(stdev(values), column)}" if len(values) > 1 else "")
+
+
+def typical(seeds):
+    """{column: mean of the seeds, of a time their median}."""
+    return dict(seeds.mean()) | dict(seeds[TIMES].median())
+
+
+def times(one, other):
+    """{column: an arm's time or speed in shares of another arm's}, by the medians of their seeds (DataFrames)."""
+    known = one.columns.intersection(TIMES)
+    return dict(one[known].median() / other[known].median())

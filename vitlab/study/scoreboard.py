@@ -10,7 +10,7 @@ import pandas as pd
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study import claims, plots, zoo
 from vitlab.study.label_plots import name_near
-from vitlab.study.noise import NOISE, image_noise, interval, paired_image_noise
+from vitlab.study.noise import NOISE, image_noise, interval, paired_image_noise, times, typical
 
 SHOWN = ("accuracy_top1", "params", "macs", "size_mb", "latency_ms", "images_per_s", "peak_mb", "mj_per_image")
 IDENTITY = ("notebook", "arm", "data", "family", "n", "base", "batch", "made by")
@@ -57,8 +57,9 @@ def base_of(model, present):
 
 
 def board(rows):
-    """The mean of each arm's seeds (a DataFrame): SHOWN, and against its `base` in the same notebook and data: change
-    (points) with margin (95 %), latency_x and images_per_s_x (speed-ups), and "<column> %" (change of each of SHOWN).
+    """The mean of each arm's seeds (a DataFrame; of times their median): SHOWN, and against its `base` in the same
+    notebook and data: change (points) with margin (95 %), latency_x and images_per_s_x (speed-ups, of the medians), and
+    "<column> %" (change of each of SHOWN).
     accuracy_margin is that of the accuracy itself; what is its own base has a change of 0 by definition, and no margin.
 
     An arm that was trained for more epochs than its base is not held against it: only its own columns are filled.
@@ -80,16 +81,16 @@ def board(rows):
             family = "baseline" if base in (model, None) else family
             known = (notebook, mine.arm.iloc[0], data, family, len(mine), base, mine.batch.iloc[0], mine.why.max())
             own = interval(values.accuracy_top1.tolist(), NOISE["accuracy"], images)[2]
-            lines.append(dict(zip(IDENTITY, known)) | dict(values.mean()) | dict(zip(MARGINS, (math.nan, own))))
+            lines.append(dict(zip(IDENTITY, known)) | typical(values) | dict(zip(MARGINS, (math.nan, own))))
             if base and not mine.epochs.max() > arms[base].epochs.max():
                 other = arms[base][list(SHOWN)].astype(float)
                 apart = (values.accuracy_top1 - other.accuracy_top1).dropna().tolist() or [math.nan]
                 shared = paired_image_noise(part, mine.arm.iloc[-1], arms[base].arm.iloc[-1])
                 change, _, margin = interval(apart, math.sqrt(2) * NOISE["accuracy"], math.sqrt(2) * shared)
-                lines[-1] |= {f"{c} %": 100 * (values[c] / other[c] - 1).mean() for c in SHOWN} | {
+                share = {c: (values[c] / other[c]).mean() for c in SHOWN} | times(values, other)
+                lines[-1] |= {f"{c} %": 100 * (share[c] - 1) for c in SHOWN} | {
                     "change": change, "margin": math.nan if base == model else margin,
-                    "latency_x": (other.latency_ms / values.latency_ms).mean(),
-                    "images_per_s_x": (values.images_per_s / other.images_per_s).mean()}  # fmt: skip
+                    "latency_x": 1 / share["latency_ms"], "images_per_s_x": share["images_per_s"]}  # fmt: skip
     return pd.DataFrame(lines)
 
 
