@@ -5,7 +5,7 @@ import csv
 import json
 import re
 from pathlib import Path
-from statistics import mean, pvariance, variance
+from statistics import mean, median, pvariance, variance
 
 import pytest
 from scipy import stats
@@ -50,7 +50,7 @@ def by_hand(rows, arm, control):
     if not seeds:
         return None
     apart = [mine[s]["accuracy_top1"] - other[s]["accuracy_top1"] for s in seeds]
-    speed = mean(mine[s]["images_per_s"] / other[s]["images_per_s"] for s in seeds)
+    speed = median(mine[s]["images_per_s"] for s in seeds) / median(other[s]["images_per_s"] for s in seeds)
     # two runs of half a point's noise each, with ten degrees of freedom, pooled with the seeds' own spread
     own = (len(apart) - 1) * variance(apart) if len(apart) > 1 else 0.0
     freedom = 10 + len(apart) - 1
