@@ -95,6 +95,11 @@ def test_one_disturbed_seed_moves_no_speed():
     assert one == other == [[2, 100, 1, 1, 0, 0], [1, 150, 2, 1.5, -50, 50]]
 
 
+def test_speeds_are_compared_on_the_seeds_of_both():
+    found = scoreboard.board(pd.concat([TWO, rows(("S3/baseline-small", 2, 60.0, 9.0, 9.0))], ignore_index=True))
+    assert found.images_per_s_x.tolist() == [1, 1.5] and found.latency_x[1] == pytest.approx(2 / 3)
+
+
 def test_changes_are_paired_by_seed_and_stand_beside_the_means():
     base, pruned = scoreboard.board(TWO).to_dict("records")
     assert (base["family"], pruned["family"], pruned["base"]) == ("baseline", "tokens dropped", "S3/baseline")

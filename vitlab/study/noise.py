@@ -137,6 +137,7 @@ def typical(seeds):
 
 
 def times(one, other):
-    """{column: an arm's time or speed in shares of another arm's}, by the medians of their seeds (DataFrames)."""
+    """{column: an arm's time or speed in shares of another arm's}, by the medians of the seeds (rows) of both."""
+    one, other = one.align(other, join="inner")
     known = one.columns.intersection(TIMES)
     return dict(one[known].median() / other[known].median())
