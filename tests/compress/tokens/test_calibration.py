@@ -33,6 +33,28 @@ def test_calibration_meets_its_budget_and_beats_an_even_split():
         search.calibrate(model, images[:2], macs=1, step=8)
 
 
+def test_tokens_go_at_once_where_every_choice_costs_time():
+    model, images = small(image_size=16, depth=4), pictures(16, side=16)
+    budget = 0.7 * model.config.macs()
+    found = search.at_once(model, budget, action="merge")
+    assert [config.protect for config in found] == [(), (0,)]
+    for block, config in enumerate(found):
+        tokens = reduce_tokens(model, config).tokens
+        assert tokens == (17,) * block + (tokens[-1],) * (4 - block)
+        assert reduce_tokens(model, config).macs() <= budget
+        more = [t + (layer >= block) for layer, t in enumerate(tokens)]
+        assert reduce_tokens(model, config, counts=more).macs() > budget, "not one more token fits"
+    assert search.at_once(model, budget, protect=(0, 1))[0].counts_for(17, 4, 1)[:2] == (17, 17)
+    assert len(search.at_once(model, 0.4 * model.config.macs(), action="merge")) == 1, "the second is too late"
+
+    def clock(counts):
+        return sum(counts) + 10 * sum(after < before for before, after in zip((17, *counts), counts))
+
+    # twice removing is 20 of 68 that all tokens take, and leaves 28 for tokens: once is enough
+    counts = search.calibrate(model, images, latency=48, meter=clock, action="merge").counts
+    assert len({17, *counts}) == 2 and clock(counts) <= 48
+
+
 @pytest.mark.parametrize("options", [{"action": "drop"}, {"action": "size-priced"},
                                      {"action": "size-priced", "pooled_last": True}, {"action": "merge"},
                                      {"rule": "published"}])  # fmt: skip

@@ -40,6 +40,14 @@ def test_a_constant_schedule_is_tomes():
         schedule(17, 4, kind="x")
 
 
+def test_all_that_go_go_in_the_first_block_that_may_remove():
+    assert schedule(17, 4, 0.5, kind="once") == [9, 9, 9, 9]
+    assert schedule(17, 4, 0.5, kind="once", protect=(0, 1)) == [17, 17, 9, 9]
+    assert schedule(17, 4, 0.5, kind="once", protect=(0, -2)) == [17, 9, 9, 9]
+    assert schedule(17, 4, 0.5, kind="once", protect=(0, 1, 2, 3)) == [17] * 4
+    assert schedule(17, 4, 0.5, alpha=1.0, kind="once") == schedule(17, 4, 0.5, alpha=3.0, kind="once")
+
+
 def test_bipartite_rounds_spend_what_one_round_cannot():
     assert bipartite_rounds(28, 11) == [(14, 14, 14), (7, 7, 3)]
     assert bipartite_rounds(5, 5) == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitlab.compress.tokens.reduction import TokenConfig, reduce_tokens
-from vitlab.compress.tokens.search import fit_budget
+from vitlab.compress.tokens.search import at_once, fit_budget
 from vitlab.metrics.statistics import holm, paired_difference
 from vitlab.study.tokens import comparison as tc
 from vitlab.study.tokens import plots as token_plots
@@ -21,13 +21,17 @@ def test_methods_cost_the_same(evaluator, calibration):
     other, rows = rows[beside].set_index("method"), rows[~beside]
     assert set(other.index) == {tc.CLOCKED, tc.POOLED} and other.kl[tc.POOLED] == pytest.approx(0, abs=1e-6)
     expected = {tc.ATTENTION, tc.RANDOM, tc.GRID, tc.EVIT, tc.CONSTANT, tc.TOME, tc.TOME_CALIBRATED, tc.INPUT,
-                tc.PRICED, tc.LENGTHS, tc.PRICED_CALIBRATED}  # fmt: skip
+                tc.PRICED, tc.LENGTHS, tc.ONCE, tc.PRICED_CALIBRATED}  # fmt: skip
     assert set(rows.method) == expected
     assert (rows.share <= 0.75).all() and (rows.share > 0.6).all()
     by = rows.set_index("method")
     counts = (evaluator.plain.config.tokens, *by.tokens[tc.CONSTANT])
     steps = [before - after for before, after in itertools.pairwise(counts)]
     assert max(steps) - min(steps) <= 1, "ToMe's own schedule: the same number in every block, up to rounding"
+    assert len({evaluator.plain.config.tokens, *by.tokens[tc.ONCE]}) == 2, "in one block"
+    once = at_once(evaluator.plain, 0.75 * evaluator.macs, pooled_last=True, action="size-priced")
+    kl = [calibration.evaluate(reduce_tokens(evaluator.plain, config))["kl"] for config in once]
+    assert by.tokens[tc.ONCE] == reduce_tokens(evaluator.plain, once[kl.index(min(kl))]).tokens
     draws = [TokenConfig(score="random", pooled_last=True, seed=s, counts=by.tokens[tc.RANDOM]) for s in (0, 1)]
     mean = sum(evaluator.evaluate(reduce_tokens(evaluator.plain, c))["accuracy"] for c in draws) / 2
     assert by.accuracy[tc.RANDOM] == pytest.approx(mean)

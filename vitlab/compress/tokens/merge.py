@@ -18,7 +18,9 @@ METRICS = ("key", "input")  # what has to be alike for two tokens to be joined
 
 def flat(index, n):
     """Rows `index` (B K) of B sequences of `n` tokens, as rows of the B n tokens one after the other: (B K)."""
-    return (index + torch.arange(len(index), device=index.device)[:, None] * n).flatten()
+    if len(index) > 1:  # a single image, the quickest of all, is spared four operations
+        index = index + torch.arange(len(index), device=index.device)[:, None] * n
+    return index.flatten()
 
 
 def take(x, index):
@@ -61,10 +63,7 @@ class Plan:
         """
         if self.target is None:
             return take(x, self.stay), None
-        image = torch.arange(len(x), device=x.device)[:, None]
-        # rows of the tokens of all images, one after the other
-        stay, gone, target = ((rows + image * n).flatten() for rows, n in
-                              ((self.stay, x.shape[1]), (self.gone, x.shape[1]), (self.target, self.rows)))  # fmt: skip
+        stay, gone, target = flat(self.stay, x.shape[1]), flat(self.gone, x.shape[1]), flat(self.target, self.rows)
         mass = x.new_ones(x.shape[:2], dtype=torch.float32) if self.mass is None else self.mass
         mass_gone, x_gone = (values.flatten(0, 1).index_select(0, gone) for values in (mass, x))
         total = self._filled(mass.flatten().index_select(0, stay)).index_add(0, target, mass_gone)

@@ -22,8 +22,8 @@ from vitlab.utils.checks import is_number
 class TokenConfig:
     """How tokens are reduced, as plain data.
 
-    r_max, alpha, schedule ("power", or ToMe's "constant" number a block), rule, protect: of `schedule.schedule`;
-    or `counts`, the tokens after each block, outright.
+    r_max, alpha, schedule ("power"; ToMe's "constant" number a block; "once", all in one block), rule, protect: of
+    `schedule.schedule`; or `counts`, the tokens after each block, outright.
     score: one of `scores.SCORES` ("cls" is the attention of what the head reads; in a mean-pooled model that
     is the attention received). ema: weight of the past in the "-ema" scores.
     action: "drop"; "fuse" (EViT's one extra token); "merge" (ToMe); "size-priced": the study's own, a norm-preserving

@@ -5,7 +5,7 @@ import math
 from vitlab.utils.checks import is_number
 
 RULES = ("published", "exact")
-SCHEDULES = ("power", "constant")
+SCHEDULES = ("power", "constant", "once")
 ROW_SCORES = ("cls", "cls-ema", "cls-normalised")
 
 
@@ -16,6 +16,8 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
     `protect` (numbers, negative ones from the end) remove nothing. Block l (from 0), by kind:
     "power": keeps the share 1 - r_max * ((l + 1) / layers) ** alpha of the patches that are left, rounded down.
     "constant": removes r_max * (n - prefix) patches, as ToMe does (Bolya et al. 2023; fractions of a patch add up).
+    "once": removes r_max * (n - prefix) patches in the first block that is not in `protect`, and none in another: what
+        choosing costs in time is paid once.
 
     The rule says where a count acts; the numbers are the same for both:
     "published": after the block, so block l still computes with the count of block l - 1.
@@ -33,12 +35,14 @@ def schedule(n, layers, r_max=0.6, alpha=2.0, rule="published", *, kind="power",
         raise ValueError(f"n={n}, layers={layers}, prefix={prefix}: at least a block and a patch are needed")
     if wrong := [p for p in protect if not -layers <= p < layers]:
         raise ValueError(f"protect={wrong}: a model of {layers} blocks has blocks {-layers} to {layers - 1}")
-    shielded = {p % layers for p in protect}
+    acting = [layer for layer in range(layers) if layer not in {p % layers for p in protect}]
+    if kind == "once":
+        acting = acting[:1]
     patches, counts = n - prefix, []
     for layer in range(layers):
-        if layer not in shielded:
-            share = 1 - r_max * ((layer + 1) / layers) ** alpha
-            left = patches * share if kind == "power" else (n - prefix) * (1 - r_max * (layer + 1))
+        if layer in acting:
+            left = {"power": patches * (1 - r_max * ((layer + 1) / layers) ** alpha),
+                    "constant": (n - prefix) * (1 - r_max * (layer + 1)), "once": patches * (1 - r_max)}[kind]
             # the tolerance keeps a product such as 0.7 * 10 from being rounded down to 6
             patches = min(patches, max(1, math.floor(left + 1e-9)))
         counts.append(prefix + patches)

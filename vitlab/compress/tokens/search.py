@@ -25,9 +25,11 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     """Tokens after each block that keep to a budget and change the predictions least: a TokenConfig.
 
     The budget is `macs` (of one image), or `latency` (ms) by `meter`, a `TokenLatency` of this machine. If all tokens
-    fit into it they stay. Else the best of some schedules at that cost (`ALPHAS`) is the start. Then counts are
-    exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change that
-    lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down to 1.
+    fit into it they stay. Else the best of some schedules at that cost is the start: rising ones (`ALPHAS`), and all
+    at once in one of the early blocks (`at_once`), which pays where choosing takes longer than what it saves. Then
+    counts are exchanged: a block gives `step` tokens to another, what is left of the budget is filled up, and a change
+    that lowers the KL divergence from the plain model's predictions stays; when none does, the step is halved, down
+    to 1.
     images: normalised, B C H W, of train, never validation or test; or a Dataset, of which 256 are drawn. passes: over
     the images, at most. log: gets a line every few seconds; None: silent. options: as in `reduce_tokens`.
 
@@ -41,10 +43,9 @@ def calibrate(model, images, *, macs=None, latency=None, meter=None, config=None
     search = _Exchange(model, images, budget, meter, config, batch, passes, log)
     if search.try_counts([search.parts.prefix + search.parts.patches] * search.parts.depth):
         return dataclasses.replace(config, counts=search.counts)
-    for alpha in ALPHAS:
-        with contextlib.suppress(BudgetImpossible):  # one so late cannot become so cheap
-            found = fit_budget(model, budget, config, meter=meter, alpha=alpha)
-            search.try_counts(search.reduced.reduce_by(found).tokens)
+    rising = _fits(model, budget, config, meter, [{"alpha": alpha} for alpha in ALPHAS])
+    for start in (*rising, *at_once(model, budget, config, meter=meter)):
+        search.try_counts(search.reduced.reduce_by(start).tokens)
     if search.counts is None:
         raise BudgetImpossible(f"{name}={budget}: no schedule of {config.action!r} costs this little or less")
     while step >= 1 and search.passes < passes:
@@ -158,6 +159,24 @@ def fit_budget(model, budget, config=None, *, meter=None, **options):
         low = high
     raise BudgetImpossible(f"{budget:,.6g} {'ms' if meter else 'multiply-accumulates'}: schedule={config.schedule!r}, "
                            f"alpha={config.alpha} reaches no less than {least:,.6g}")  # fmt: skip
+
+
+def _fits(model, budget, config, meter, choices):
+    """`fit_budget` with each of `choices` (options) that reaches the budget: one so late cannot become so cheap."""
+    for options in choices:
+        with contextlib.suppress(BudgetImpossible):
+            yield fit_budget(model, budget, config, meter=meter, **options)
+
+
+def at_once(model, budget, config=None, *, meter=None, **options):
+    """As `fit_budget`, with all that go going in one block: a TokenConfig for each of the first half's blocks.
+
+    A list, the earliest block first; without those that are too late for the budget.
+    """
+    config = dataclasses.replace(config or TokenConfig(), **options)
+    half = range((len(model.blocks) + 1) // 2)
+    ways = [{"schedule": "once", "protect": (*config.protect, *range(block))} for block in half]
+    return list(_fits(model, budget, config, meter, ways))
 
 
 def search(evaluate, *, storage, name, trials, r_max=(0.1, 0.9), alpha=(0.5, 3.0), seed=0):

@@ -26,6 +26,7 @@ ATTENTION, RANDOM, GRID = "drop by attention", "drop at random", "drop by a unif
 EVIT = "fuse the dropped (EViT)"
 CONSTANT, TOME, TOME_CALIBRATED, INPUT = "ToMe, constant r", "ToMe", "ToMe, calibrated", "ToMe by the input"
 PRICED, LENGTHS = "size-priced merge, plain means", "size-priced merge"
+ONCE = f"{LENGTHS}, in one block"
 PRICED_CALIBRATED, CLOCKED = f"{LENGTHS}, calibrated", f"{LENGTHS}, calibrated to the clock"
 POOLED = "all tokens, pooled-last block"
 DROPS = {"cls": ATTENTION, "random": RANDOM, "grid": GRID}
@@ -77,9 +78,10 @@ def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2
     """{name: [TokenConfig, ...]} that all cost `share` of the plain model's MACs, or just below.
 
     Every score drops; "random" comes once a seed of `seeds`. All follow the schedule `alpha` but ToMe's own, a constant
-    number a block, and the calibrated ones. merge: options of the size-priced merge. calibration: an Evaluator on train
-    images for calibrated counts, found with so many passes over them; None leaves those out. In all of them the
-    last block computes only what the head reads. A method that cannot become so cheap is left out.
+    number a block, the calibrated ones, and the one that merges in one block: that of the first half which keeps the
+    predictions closest. merge: options of the size-priced merge. calibration: an Evaluator on train images for
+    calibrated counts, found with so many passes over them, and for that block; None leaves those out. In all of them
+    the last block computes only what the head reads. A method that cannot become so cheap is left out.
     """
     budget, found = share * evaluator.macs, {}
     fit = functools.partial(search.fit_budget, evaluator.plain, budget, pooled_last=True)
@@ -97,7 +99,14 @@ def methods(evaluator, share, *, alpha=0.5, scores=tuple(SCORES), seeds=(0, 1, 2
     if calibration is not None:
         for name, options in {TOME_CALIBRATED: merges[TOME], PRICED_CALIBRATED: merge}.items():
             found[name] = [calibrated(evaluator, calibration, passes, macs=budget, **options)]
+        once = search.at_once(evaluator.plain, budget, pooled_last=True, **merge)
+        found |= {ONCE: [_closest(evaluator.plain, once, calibration)]} if once else {}
     return found
+
+
+def _closest(plain, configs, calibration):
+    """The TokenConfig with which the predictions on the train images stay closest (KL) to the plain model's."""
+    return min(configs, key=lambda config: of_train(calibration).evaluate(reduce_tokens(plain, config))["kl"])
 
 
 def fields(evaluators, calibrations, share, **options):
