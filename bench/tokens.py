@@ -5,7 +5,9 @@
 
 Random weights: what is timed does not hang on them. "share of the limit" is (time of the plain model / time of the
 reduced one) / (its MACs / their MACs): 1 where time falls as the operations do. ToMe merges a constant number of tokens
-a block, by keys; ours a rising number, by the study's merge, with only the class token (or the mean) in the last block.
+a block, by keys; ours a rising number, by the study's merge, with only the class token (or the mean) in the last block;
+the third does the same in one block, the middle one of those early enough. "uniform grid" compares no tokens at all: it
+drops a fixed pattern in that block, and so shows how much of the limit the machine gives to any method.
 Eager, compiled and in onnxruntime, in turns, medians. bench/slim.py does the same for pruned models.
 """
 
@@ -21,7 +23,7 @@ from record import record
 from speedrun import PRESET
 
 import vitlab
-from vitlab.compress.tokens.search import fit_budget
+from vitlab.compress.tokens.search import at_once, fit_budget
 from vitlab.metrics import meters
 from vitlab.models.timm import from_timm
 from vitlab.study import zoo
@@ -42,9 +44,16 @@ def baseline():
 def reduced(plain, share):
     """{what was done: model} at `share` of the MACs of `plain`."""
     budget = share * plain.config.macs()
-    ours = fit_budget(plain, budget, action="size-priced", alpha=1.0, pooled_last=True)
-    tome = fit_budget(plain, budget, action="merge", schedule="constant")
-    return {"ToMe": vitlab.reduce_tokens(plain, tome), "ours": vitlab.reduce_tokens(plain, ours)}
+    merge, grid = {"action": "size-priced"}, {"action": "drop", "score": "grid"}
+    merge, grid = (options | {"pooled_last": True} for options in (merge, grid))
+    once = at_once(plain, budget, **merge)
+    once = once[len(once) // 2]
+    configs = {
+        "ToMe": fit_budget(plain, budget, action="merge", schedule="constant"),
+        "ours": fit_budget(plain, budget, alpha=1.0, **merge), "ours, in one block": once,
+        "uniform grid, in one block": fit_budget(plain, budget, schedule="once", protect=once.protect, **grid),
+    }  # fmt: skip
+    return {what: vitlab.reduce_tokens(plain, config) for what, config in configs.items()}
 
 
 def compare(name, cheaper, batches, seconds, engines):
