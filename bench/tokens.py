@@ -69,7 +69,7 @@ def compare(name, cheaper, batches, seconds, engines):
             runs = {what: prepared(model, engine, Path(folder) / f"{i}.onnx", shape)
                     for i, (what, model) in enumerate(models.items())}  # fmt: skip
             for batch in batches:
-                timed = meters.compare(runs, torch.randn(batch, *shape), warmup=3, seconds=seconds, min_runs=5)
+                timed = meters.compare(runs, torch.randn(batch, *shape), warmup=2, seconds=seconds, min_runs=3)
                 times = {what: timing.median_s for what, timing in timed.items()}
                 for what in list(models)[1:]:
                     faster, limit = times["plain"] / times[what], macs["plain"] / macs[what]

@@ -185,11 +185,11 @@ def words(text):
 def findings(evidence, room):
     """Of each notebook a sentence that is short enough for a newcomer; RESULTS.md has them all.
 
-    The first that says how sure it is (an interval, a number of seeds), else the first. Where there is no `room` for
+    The shortest that says how sure it is (an interval, a number of seeds), else the first. Where there is no `room` for
     all (words), those that say so come first, the shortest of them before all, so that many find room.
     """
     short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 60] for n in evidence.notebooks]
-    lines = [next(filter(SURE.search, several), several[0]) for several in short if several]
+    lines = [min(filter(SURE.search, several), key=words, default=several[0]) for several in short if several]
     shown = []
     for line in sorted(lines, key=lambda line: (not SURE.search(line), words(line))):
         if words(line) <= room and len(shown) < MOST:
