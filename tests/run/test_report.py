@@ -79,13 +79,13 @@ def test_a_notebook_that_only_reads_has_its_sentences_too(study):
     assert "- Tokens first. *(made by older code)*" in report.render(study.source)["README.md"]
 
 
-def test_the_shortest_finding_that_says_how_sure_it_is_goes_first(study):
-    texts = ["It costs a point.", "At batch 64 it costs 2.50 ± 1.10 ms.", "It costs 1.50 ± 1.10 points."]
+def test_a_finding_that_says_how_sure_it_is_goes_first(study):
+    texts = ["It costs a point.", "n = 2.", "It costs 1.50 ± 1.10 points.", "It is 2 ± 1."]
     said = {"conclusions": [{"about": None, "text": text} for text in texts]}
     put(study, "conclusions", said | {"stamp": "older"})
     shown = report.render(study.source)["README.md"]
     lines = [line for line in shown.splitlines() if line.startswith("- ")]
-    assert lines == ["- It costs 1.50 ± 1.10 points. *(made by older code)*"], "the shortest of those that say so"
+    assert lines == ["- It costs 1.50 ± 1.10 points. *(made by older code)*"], "the first with an interval"
 
 
 def test_findings_keep_readme_short(study):

@@ -17,7 +17,7 @@ from vitlab.utils.files import read_record, write_text
 FILES = ("README.md", "RESULTS.md", "CLAIMS.md")
 SHOWN = ("accuracy_top1", "params", "macs", "latency_ms", "images_per_s", "mj_per_image")
 MOST, WORDS = 6, 900  # findings that README shows, and its words in all
-SURE = re.compile(r"±|\bn = \d|95 %")  # a sentence that says how sure it is
+SURE, INTERVAL = re.compile(r"±|\bn = \d|95 %:"), re.compile(r"±|95 %:")  # a sentence that says how sure it is
 PRESETS = ("gpu", "cpu")  # the best evidence first; of other presets nothing is committed
 
 # project -> its headline with the published figures, the notebook, the arm that stands for it, the arm it is held
@@ -132,7 +132,7 @@ def hero(evidence):
     found = [p for p in PRESETS if (evidence.root / f"figures/{p}/07_scoreboard/hero.png").exists()]
     if not found:
         return "The picture comes with notebook 07.\n"
-    told = "Change in accuracy against measured speed-up; hollow stars: where the projects said they would be"
+    told = "Change in accuracy against measured speed-up; hollow stars: as claimed"
     rows = [drawn(rows) for stem, rows in evidence.rows.items() if evidence.preset[stem] == found[0]]
     old, count = sum((r.why != "").sum() for r in rows), sum(map(len, rows))
     note = f"\n{old} of the {count} rows behind it were made by older code.\n" if old else ""
@@ -185,11 +185,13 @@ def words(text):
 def findings(evidence, room):
     """Of each notebook a sentence that is short enough for a newcomer; RESULTS.md has them all.
 
-    The shortest that says how sure it is (an interval, a number of seeds), else the first. Where there is no `room` for
-    all (words), those that say so come first, the shortest of them before all, so that many find room.
+    The first with an interval, else the first that says how many seeds it had, else the first. Where there is no `room`
+    for all (words), those that say how sure they are come first, the shortest of them before all, so that many find
+    room.
     """
     short = [[line for line in conclusions(evidence, n.stem) if words(line) <= 60] for n in evidence.notebooks]
-    lines = [min(filter(SURE.search, several), key=words, default=several[0]) for several in short if several]
+    lines = [min(several, key=lambda line: (not INTERVAL.search(line), not SURE.search(line)))
+             for several in short if several]  # fmt: skip
     shown = []
     for line in sorted(lines, key=lambda line: (not SURE.search(line), words(line))):
         if words(line) <= room and len(shown) < MOST:
