@@ -55,6 +55,15 @@ def test_what_is_said_is_worked_out_from_rows(study):
     assert "older" not in readme + claims and "baseline †" not in results
 
 
+def test_a_disturbed_seed_does_not_move_a_time_in_the_table(study):
+    for seed, speed in enumerate((90.0, 100.0, 20.0)):
+        row = {"arm": "S3/late", "dataset": "cifar10", "seed": seed, "accuracy_top1": 50.0, "images_per_s": speed,
+               "n": 10_000, "macs": 2e6, "epochs": 3, "device": "a CPU"}  # fmt: skip
+        put(study, f"late-{seed}", row)
+    line = next(line for line in report.render(study.source)["RESULTS.md"].splitlines() if "| S3/late" in line)
+    assert "| 50.00 | 2.0 | 90.0 (20.0 to 100.0) |" in line
+
+
 def test_rows_of_older_code_are_marked_everywhere(study):
     write(study.source / "notebooks" / f"{STEM}.ipynb", ["1 + 1"])
     texts = report.render(study.source)

@@ -10,7 +10,7 @@ from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
 from vitlab.study import claims, verdicts, zoo
-from vitlab.study.noise import change, image_noise, times
+from vitlab.study.noise import TIMES, change, image_noise, times
 from vitlab.study.study import read_rows
 from vitlab.utils.files import read_record, write_text
 
@@ -229,7 +229,8 @@ def standing(evidence, notebook, preset):
 def results(evidence):
     """RESULTS.md: for each notebook its sentences and its arms."""
     parts = ["# Results\n\nWritten by `vitlab report` from the rows in results/; not to be edited. † marks a row made "
-             "by older code or with other parameters than the present ones. ± is the standard deviation over seeds.\n"]
+             "by older code or with other parameters than the present ones. ± is the standard deviation over seeds; "
+             "of times their median stands there, with the lowest and the highest.\n"]
     for notebook in evidence.notebooks:
         if (stem := notebook.stem) in evidence.preset:
             rows, said = evidence.rows[stem], "".join(f"- {line}\n" for line in conclusions(evidence, stem))
@@ -246,19 +247,23 @@ def _table(rows):
     units = [f"{COLUMNS[c].label}{f' ({COLUMNS[c].unit})' if COLUMNS[c].unit else ''}" for c in columns]
     lines = []
     for (arm, data), group in rows.groupby(["arm", "dataset"], sort=False):
-        cells = [_mean(group[c], c) for c in columns]
+        cells = [_of_seeds(group[c], c) for c in columns]
         minutes = f"{group.train_s.mean() / 60:.1f} min" if "train_s" in group else ""
         name = f"{arm} †" if group.why.any() else arm
         lines.append([name, data, f"{group.epochs.iloc[0]:g}", *cells, minutes, len(group)])
     return markdown(["arm", "data", "epochs", *units, "training", "seeds"], lines)
 
 
-def _mean(values, column):
+def _of_seeds(values, column):
     values = values.dropna()
     if not len(values):
         return "not measured"
-    text = show(float(values.mean()), column)
-    return text + (f" ± {show(float(values.std(ddof=1)), column)}" if values.nunique() > 1 else "")
+    time = column in TIMES
+    center, *spread = (values.median(), values.min(), values.max()) if time else (values.mean(), values.std(ddof=1))
+    center, *spread = (show(float(value), column) for value in (center, *spread))
+    if values.nunique() == 1:
+        return center
+    return f"{center} ({' to '.join(spread)})" if time else f"{center} ± {spread[0]}"
 
 
 def judged(evidence):
