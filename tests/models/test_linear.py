@@ -6,14 +6,22 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, depthwise, kernel_choice
+from vitlab.models.linear import (
+    HydraAttention,
+    LinearAttention,
+    RippleAttention,
+    depthwise,
+    doubled,
+    halved,
+    kernel_choice,
+)
 from vitlab.models.vit import ViT, ViTConfig
 
 PUBLISHED = {"num_classes": 100, "dim": 384, "depth": 12, "heads": 6, "qkv_bias": False}
 # attention -> options, parameters, MACs of this design, parameters (M) and GMac as published
 MODELS = {
     "softmax": ({}, 21_363_172, 1_420_343_808, 21.36, 1.423),
-    "ripple": ({"stages": 3}, 21_667_300, 1_476_335_616, 21.67, 1.487),
+    "ripple": ({"stages": 3}, 21_667_300, 1_476_266_496, 21.67, 1.487),
     "hydra": ({"branches": 4}, 33_970_660, 2_391_221_760, 33.97, 2.583),
 }
 SMALL = {"image_size": 16, "patch_size": 2, "dim": 24, "depth": 1, "heads": 3}
@@ -101,6 +109,27 @@ def test_expansion_starts_as_bilinear(grid):
     assert found.shape == (1, 24, grid, grid)
     wanted = F.interpolate(values, size=(side, side), mode="bilinear", align_corners=True)
     torch.testing.assert_close(found[..., :side, :side], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+def test_halving_and_doubling_are_the_convolutions_of_stride_two(side):
+    """On grids of one or two cells, too, where only the weights that meet the image are used: values and gradients."""
+    torch.manual_seed(0)
+    fine, weight, bias = torch.randn(2, 6, side, side), torch.randn(6, 1, 3, 3), torch.randn(6)
+    coarse = torch.randn(2, 6, (side + 1) // 2, (side + 1) // 2)
+    options = {"stride": 2, "padding": 1, "groups": 6}
+    ways = [
+        (halved, lambda x, w, b: F.conv2d(x, w, b, **options), (fine, weight, bias)),
+        (lambda x, w: doubled(x, w, side),
+         lambda x, w: F.conv_transpose2d(x, w, output_padding=1 - side % 2, **options), (coarse, weight)),
+    ]  # fmt: skip
+    for ours, theirs, inputs in ways:
+        inputs = [x.double().requires_grad_() for x in inputs]
+        found, wanted = ours(*inputs), theirs(*inputs)
+        torch.testing.assert_close(found, wanted)
+        grad = torch.randn_like(wanted)
+        both = (torch.autograd.grad(y, inputs, grad) for y in (found, wanted))
+        torch.testing.assert_close(*both)
 
 
 def test_pooling_averages_and_keeps_keys_with_their_values():

@@ -52,10 +52,11 @@ def plain(qkv, extra=None, phi="relu", eps=EPS):
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # B h M d
     q = q.permute(0, 3, 2, 1, 4).flatten(2, 3)  # B h R*n d
     fq, fk = features(q, phi), features(k, phi)
-    state = (fk / k.shape[2]).mT @ v  # B h F d
-    norm = fk.mean(dim=2).unsqueeze(-1)  # B h F 1
+    # S and z side by side, B h F d+1, since a product with one column takes a CPU as long as one with all the others
+    state = torch.cat([fk.mT @ (v / v.shape[2]), fk.mean(dim=2).unsqueeze(-1)], dim=-1)
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    out = ((fq @ state).to(wide) / ((fq @ norm).to(wide) + eps)).to(qkv.dtype)
+    above, below = (fq @ state).to(wide).split([v.shape[-1], 1], dim=-1)
+    out = (above / (below + eps)).to(qkv.dtype)
     return out.unflatten(2, (qkv.shape[2] - 2, qkv.shape[1])).permute(0, 3, 2, 1, 4)
 
 
