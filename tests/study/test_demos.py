@@ -10,7 +10,7 @@ from vitlab.data import datasets as data
 from vitlab.metrics import measure
 from vitlab.models import checkpoint
 from vitlab.run.notebooks import read_yaml
-from vitlab.study import zoo
+from vitlab.study import linear, zoo
 from vitlab.study.study import DEMO, arm_key
 
 
@@ -73,8 +73,23 @@ def test_arms_of_the_cpu_preset_are_found_by_its_notebook(name, file, seed, at_l
     assert about["history"][-1]["val_accuracy"] > at_least
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("form", ["", "-ripple", "-hydra", "-none"])
+def test_our_model_with_linear_attention_is_found_by_notebook_06(form, seed):
+    preset = Path(zoo.__file__).parents[2] / "presets" / "cpu.yaml"
+    changes = read_yaml(preset.read_text(), preset.name)["06_linear_attention"]["changes"]
+    spec = replace(zoo.scaled("ours", changes["ours"]), dataset="cifar100")
+    if form:
+        spec = linear.without_attention(spec, "none") if form == "-none" else linear.variant(spec, form[1:])
+    about = checkpoint.read(DEMO / f"ours-tiny{form}-cifar100-s{seed}.safetensors").about
+    config, recipe = replace(spec.config, num_classes=100), replace(spec.recipe, seed=seed)
+    assert about["key"] == arm_key(config, recipe, about["data"])
+    assert about["trained_in"] == "float32", "arms that are compared had the same precision"
+    assert about["history"][-1]["val_accuracy"] > 40
+
+
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 19 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 31 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6
