@@ -209,7 +209,7 @@ class RippleAttention(LinearAttention):
 
     def macs(self, tokens=None):
         sides, dim = [self.grid, *self.sides()], self.heads * self.head_dim
-        # pooling keys and values, expanding values: a cell meets nine weights, the only one as many as the finer cells
+        # pooling keys and values, expanding values: a cell meets nine weights, the last its 1 or 4 finer cells alone
         stages = sum(coarse**2 * (fine**2 if fine <= 2 else 9) for fine, coarse in pairwise(sides))
         local = dim * (3 * stages + 9 * self.grid**2)  # the last: the neighbourhood
         return super().macs(tokens, keys=sum(s * s for s in sides[1:])) + local
