@@ -6,15 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlab.models.linear import (
-    HydraAttention,
-    LinearAttention,
-    RippleAttention,
-    depthwise,
-    doubled,
-    halved,
-    kernel_choice,
-)
+from vitlab.models.linear import HydraAttention, LinearAttention, RippleAttention, depthwise, kernel_choice, strided
 from vitlab.models.vit import ViT, ViTConfig
 
 PUBLISHED = {"num_classes": 100, "dim": 384, "depth": 12, "heads": 6, "qkv_bias": False}
@@ -118,14 +110,11 @@ def test_halving_and_doubling_are_the_convolutions_of_stride_two(side):
     fine, weight, bias = torch.randn(2, 6, side, side), torch.randn(6, 1, 3, 3), torch.randn(6)
     coarse = torch.randn(2, 6, (side + 1) // 2, (side + 1) // 2)
     options = {"stride": 2, "padding": 1, "groups": 6}
-    ways = [
-        (halved, lambda x, w, b: F.conv2d(x, w, b, **options), (fine, weight, bias)),
-        (lambda x, w: doubled(x, w, side),
-         lambda x, w: F.conv_transpose2d(x, w, output_padding=1 - side % 2, **options), (coarse, weight)),
-    ]  # fmt: skip
-    for ours, theirs, inputs in ways:
+    ways = [(F.conv2d, options, (fine, weight, bias)),
+            (F.conv_transpose2d, options | {"output_padding": 1 - side % 2}, (coarse, weight))]  # fmt: skip
+    for convolve, options, inputs in ways:
         inputs = [x.double().requires_grad_() for x in inputs]
-        found, wanted = ours(*inputs), theirs(*inputs)
+        found, wanted = strided(convolve, *inputs, fine=side), convolve(*inputs, **options)
         torch.testing.assert_close(found, wanted)
         grad = torch.randn_like(wanted)
         both = (torch.autograd.grad(y, inputs, grad) for y in (found, wanted))

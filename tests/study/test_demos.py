@@ -59,42 +59,40 @@ def test_sparse_vits_models_are_of_the_published_shape_and_have_learnt(tiny, nam
     assert found > 35, "200 real images; 10 % would be chance"
 
 
-@pytest.mark.parametrize("name, file, seed, at_least", [
-    ("ours", "ours-cifar10-muon", 0, 90), ("ours", "ours-cifar10-muon-s1", 1, 90),
-    ("ours", "ours-cifar10-muon-s2", 2, 90), ("ours", "ours-cifar100-muon", 0, 70),
-    *(("S4/baseline", f"S4-cifar100-s{seed}", seed, 45) for seed in range(3)),
-])  # fmt: skip
-def test_arms_of_the_cpu_preset_are_found_by_its_notebook(name, file, seed, at_least):
+def of_the_cpu_preset():
+    """{file of a demo: its Spec, seed, data, least validation accuracy, number format} of arms that notebooks find."""
     preset = Path(zoo.__file__).parents[2] / "presets" / "cpu.yaml"
-    spec = zoo.scaled(name, read_yaml(preset.read_text(), preset.name)["01_baseline"]["changes"][name])
-    about = checkpoint.read(DEMO / f"{file}.safetensors").about
-    config = replace(spec.config, num_classes=100 if about["dataset"] == "cifar100" else 10)
-    assert about["key"] == arm_key(config, replace(spec.recipe, seed=seed), about["data"])
-    assert about["history"][-1]["val_accuracy"] > at_least
-
-
-def of_notebook_06():
-    """{file's name without seed: its Spec and the least validation accuracy} of the arms that come for notebook 06."""
-    preset = Path(zoo.__file__).parents[2] / "presets" / "cpu.yaml"
-    section = read_yaml(preset.read_text(), preset.name)["06_linear_attention"]
-    ours = replace(zoo.scaled("ours", section["changes"]["ours"]), dataset="cifar100")
+    sections = read_yaml(preset.read_text(), preset.name)
+    ours, plain = (zoo.scaled(k, sections["01_baseline"]["changes"][k]) for k in ("ours", "S4/baseline"))
+    section = sections["06_linear_attention"]
+    tiny = zoo.scaled("ours", section["changes"]["ours"])
     fine = zoo.scaled("S4/baseline", section["changes"]["S4/baseline"] | section["finer"])
-    specs = {"ours-tiny": ours, "ours-tiny-none": linear.without_attention(ours, "none"), "S4-257-softmax": fine}
+    linear_ones = {"ours-tiny": tiny, "ours-tiny-none": linear.without_attention(tiny, "none"), "S4-257-softmax": fine}
     for form in ("ripple", "hydra"):
-        specs[f"ours-tiny-{form}"] = linear.variant(ours, form)
-        specs[f"S4-257-{form}"] = linear.variant(fine, form)
-        specs[f"S4-257-softmax-{form}-convs"] = linear.variant(fine, form, product="softmax")
-    return {name: (spec, 40 if "ours" in name else 24) for name, spec in specs.items()}
+        linear_ones[f"ours-tiny-{form}"] = linear.variant(tiny, form)
+        linear_ones[f"S4-257-{form}"] = linear.variant(fine, form)
+        linear_ones[f"S4-257-softmax-{form}-convs"] = linear.variant(fine, form, product="softmax")
+    found = {"ours-cifar100-muon": (ours, 0, "cifar100", 70, "bfloat16")}
+    for seed, end in enumerate(("", "-s1", "-s2")):
+        found[f"ours-cifar10-muon{end}"] = ours, seed, "cifar10", 90, "bfloat16"
+        found[f"S4-cifar100-s{seed}"] = plain, seed, "cifar100", 45, "bfloat16"
+        for name, spec in linear_ones.items():
+            least = 24 if "257" in name else 40
+            found[f"{name}-cifar100-s{seed}"] = spec, seed, "cifar100", least, "float32"
+    return found
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", of_notebook_06())
-def test_arms_of_linear_attention_are_found_by_notebook_06(name, seed):
-    spec, at_least = of_notebook_06()[name]
-    about = checkpoint.read(DEMO / f"{name}-cifar100-s{seed}.safetensors").about
-    config, recipe = replace(spec.config, num_classes=100), replace(spec.recipe, seed=seed)
-    assert about["key"] == arm_key(config, recipe, about["data"])
-    assert about["trained_in"] == "float32", "arms that are compared had the same precision"
+CPU_ARMS = of_the_cpu_preset()
+
+
+@pytest.mark.parametrize("file", CPU_ARMS)
+def test_arms_of_the_cpu_preset_are_found_by_its_notebooks(file):
+    spec, seed, dataset, at_least, trained_in = CPU_ARMS[file]
+    about = checkpoint.read(DEMO / f"{file}.safetensors").about
+    config = replace(spec.config, num_classes=100 if dataset == "cifar100" else 10)
+    assert about["dataset"] == dataset
+    assert about["key"] == arm_key(config, replace(spec.recipe, seed=seed), about["data"])
+    assert about["trained_in"] == trained_in, "arms that are compared had the same number format"
     assert about["history"][-1]["val_accuracy"] > at_least
 
 

@@ -31,23 +31,17 @@ def depthwise(convolve, x, weight, bias=None, **options):
         return convolve(x.float(), weight.float(), bias, **options).to(x.dtype)
 
 
-def halved(x, weight, bias):
-    """The depthwise 3x3 of stride 2 of images B C side side.
+def strided(convolve, x, weight, bias=None, *, fine):
+    """`depthwise` 3x3 of stride 2 from a grid of side `fine` to half of it (F.conv2d) or back (F.conv_transpose2d).
 
-    Where one cell is left (side 1 or 2), only with the weights that meet the image, not padding: a CPU takes a
-    twentieth of the time for it.
+    With one or two cells a side only the weights that meet the image, since a CPU takes many times as long for those
+    that meet nothing but padding.
     """
-    if (side := x.shape[-1]) <= 2:
-        return depthwise(F.conv2d, x, weight[..., 1 : 1 + side, 1 : 1 + side], bias)
-    return depthwise(F.conv2d, x, weight, bias, stride=2, padding=1)
-
-
-def doubled(x, weight, side):
-    """The transpose of `halved`, without bias: images B C side side from what they were halved to."""
-    if side <= 2:
-        return depthwise(F.conv_transpose2d, x, weight[..., 1 : 1 + side, 1 : 1 + side])
+    if fine <= 2:
+        return depthwise(convolve, x, weight[..., 1 : 1 + fine, 1 : 1 + fine], bias)
     # a side of 2s - 1 was halved to s just as 2s was
-    return depthwise(F.conv_transpose2d, x, weight, stride=2, padding=1, output_padding=1 - side % 2)
+    back = {"output_padding": 1 - fine % 2} if convolve is F.conv_transpose2d else {}
+    return depthwise(convolve, x, weight, bias, stride=2, padding=1, **back)
 
 
 class LinearAttention(nn.Module):
@@ -166,7 +160,7 @@ class RippleAttention(LinearAttention):
         images = [self.image(qkv, slots=2)]
         for pool in self.pools:
             weight, bias = pool.weight.repeat(2, 1, 1, 1), pool.bias.repeat(2)
-            images.append(halved(images[-1], weight, bias))
+            images.append(strided(F.conv2d, images[-1], weight, bias, fine=images[-1].shape[-1]))
         return images
 
     def pooled(self, levels):
@@ -179,7 +173,7 @@ class RippleAttention(LinearAttention):
         values = [x.chunk(2, dim=1)[1] for x in levels]
         y = values[-1]
         for i, expand in reversed(list(enumerate(self.expands))):
-            y = doubled(y, expand.weight, values[i].shape[-1])
+            y = strided(F.conv_transpose2d, y, expand.weight, fine=values[i].shape[-1])
             y = y + values[i] if i else y
         return y
 
