@@ -188,7 +188,7 @@ def _wrapped(arm):
 
 def _claimant(model):
     project, _, arm = model.partition("/")
-    return f"{METHODS[project]},\n{arm.replace('-', ' ')}"
+    return f"{METHODS[project]},\n{claims.select(project=project, model=arm)[0].name}"
 
 
 def sortable(frame):
