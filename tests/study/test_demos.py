@@ -72,10 +72,16 @@ def of_the_cpu_preset():
         linear_ones[f"ours-tiny-{form}"] = linear.variant(tiny, form)
         linear_ones[f"S4-257-{form}"] = linear.variant(fine, form)
         linear_ones[f"S4-257-softmax-{form}-convs"] = linear.variant(fine, form, product="softmax")
+    larger = {"S4": plain, "S4-linear": linear.variant(plain, "linear")}
+    for form in ("ripple", "hydra"):
+        larger[f"S4-{form}"] = linear.variant(plain, form)
+        larger[f"S4-softmax-{form}-convs"] = linear.variant(plain, form, product="softmax")
+    larger["S4-softmax-hydra-macs"] = linear.same_macs(plain, larger["S4-hydra"].config.macs(), "as many MACs")
     found = {"ours-cifar100-muon": (ours, 0, "cifar100", 70, "bfloat16")}
     for seed, end in enumerate(("", "-s1", "-s2")):
         found[f"ours-cifar10-muon{end}"] = ours, seed, "cifar10", 90, "bfloat16"
-        found[f"S4-cifar100-s{seed}"] = plain, seed, "cifar100", 45, "bfloat16"
+        for name, spec in larger.items():
+            found[f"{name}-cifar100-s{seed}"] = spec, seed, "cifar100", 42, "bfloat16"
         for name, spec in linear_ones.items():
             least = 24 if "257" in name else 40
             found[f"{name}-cifar100-s{seed}"] = spec, seed, "cifar100", least, "float32"
@@ -99,5 +105,5 @@ def test_arms_of_the_cpu_preset_are_found_by_its_notebooks(file):
 def test_every_demo_is_described_and_small():
     text = (DEMO.parent / "README.md").read_text()
     files = list(DEMO.glob("*.safetensors"))
-    assert len(files) == 46 and all(f"demo/{f.name}" in text for f in files)
+    assert len(files) == 64 and all(f"demo/{f.name}" in text for f in files)
     assert max(f.stat().st_size for f in files) < 12e6

@@ -39,10 +39,12 @@ def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
 
 
 def test_only_patches_without_any_weight_are_black():
-    weights = torch.tensor([[0.0, 1e-6], [0.5, 1.0]])
-    figure = plots.attention(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), {"": weights[None]}, ["cat"])
-    drawn = figure.axes[1].images[0].get_array()[::2, ::2].sum(-1)
-    assert drawn[0, 0] == 0 and 0.2 < drawn[0, 1] < drawn[1, 0] < drawn[1, 1]
+    sparse, dense = torch.tensor([[[0.0, 0.0], [0.5, 1.0]]]), torch.tensor([[[0.0, 0.1], [0.5, 1.0]]])
+    maps = {"several zeros": sparse, "scaled from its least": dense}
+    figure = plots.attention(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), maps, ["cat"])
+    unread, least = (ax.images[0].get_array()[::2, ::2].sum(-1) for ax in figure.axes[1:3])
+    assert unread[0, 0] == unread[0, 1] == 0 and 0.2 < unread[1, 0] < unread[1, 1]
+    assert 0.2 < least[0, 0] < least[0, 1] < least[1, 0] < least[1, 1]
     matplotlib.pyplot.close("all")
 
 

@@ -163,7 +163,8 @@ def test_the_chart_shows_every_arm_and_every_star():
     assert len(stars.get_xdata()) == scoreboard.claimed().images_per_s_x.notna().sum()
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"baseline", "tokens dropped", "claimed"}
-    assert {"token pruning,\npruned alpha 1.2", "faster, more accurate"} <= {text.get_text() for text in left.texts}
+    written = {text.get_text() for text in left.texts}
+    assert {"token pruning,\nPruned model at alpha 1.2", "faster, more accurate"} <= written
     plt.close(figure)
 
 

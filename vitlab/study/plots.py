@@ -164,7 +164,7 @@ def bars(frame, *, unit):
     palette = sns.color_palette("colorblind", frame.shape[1])
     frame.plot.barh(ax=ax, width=0.8, color=palette, edgecolor="white", legend=False, xlabel=unit, ylabel="")
     for drawn, column in zip(ax.containers, frame):
-        ax.bar_label(drawn, ["" if v != v else f" {v:,.4g}" for v in frame[column]], fontsize=7)
+        ax.bar_label(drawn, ["" if v != v else f" {v:,.{3 if abs(v) < 10 else 4}g}" for v in frame[column]], fontsize=7)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.12)
@@ -270,15 +270,18 @@ def fields(found, *, patch):
 def attention(images, maps, titles):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top.
 
-    Black is a weight of exactly 0; the smallest other one shows the image in dark violet.
+    Black are weights of exactly 0, which only several patches share: maps are scaled, so that the least of other
+    weights is 0 as well. It shows the image in dark violet.
     """
     grey = images.cpu().float().mean(1, keepdim=True)
     low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
     sheet = [*images]
     for found in maps.values():
-        large = F.interpolate(found[:, None].float().cpu(), images.shape[-2:])[:, 0]
+        found = found.float().cpu()
+        unread = (found == 0) & ((found == 0).sum((1, 2), keepdim=True) > 1)
+        large, black = (F.interpolate(m[:, None].float(), images.shape[-2:])[:, 0] for m in (found, unread))
         laid = torch.from_numpy(plt.get_cmap("magma")(0.2 + 0.8 * large.numpy())[..., :3]).movedim(-1, 1)
-        sheet += [*((0.6 * laid + 0.4 * (grey - low) / (high - low).clamp_min(1e-6)) * (large > 0)[:, None])]
+        sheet += [*((0.6 * laid + 0.4 * (grey - low) / (high - low).clamp_min(1e-6)) * (1 - black)[:, None])]
     return pictures(sheet, ["image", *maps], titles, columns=len(images), size=WIDTH / len(images))
 
 

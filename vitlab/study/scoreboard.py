@@ -35,7 +35,7 @@ FAMILIES = {
 }  # fmt: skip
 # what one picture of all projects tells apart: family -> group
 GROUPS = {family: group for group, families in {
-    "plain ViT, other size": ("softmax attention", "smaller model"),
+    "softmax, other shape": ("softmax attention", "smaller model"),
     "another attention": ("sparse attention", "factorised attention", "linear attention", "no attention"),
     "channels or heads pruned": ("heads removed", "channels pruned", "distilled"),
 }.items() for family in families}  # fmt: skip
@@ -144,7 +144,7 @@ def chart(frame, panels, *, said=None):
     stars. They and what is at the front are named, as far as there is room.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(plots.WIDTH * 1.3, 4.2), squeeze=False)
-    look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s"), "plain ViT, other size": ("0.45", "s")}
+    look = {"baseline": ("k", "o"), "softmax attention": ("0.45", "s"), "softmax, other shape": ("0.45", "s")}
     order = dict.fromkeys([*FAMILIES, *GROUPS.values()])  # what others are held against is black and grey
     look |= plots.colours([family for family in order if family not in look and family in set(frame.family)])
     to_name = []
