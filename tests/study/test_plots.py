@@ -39,7 +39,7 @@ def test_figures_are_written_as_png_and_pdf_and_look_like_figures(tmp_path):
 
 
 def test_only_patches_without_any_weight_are_black():
-    sparse, dense = torch.tensor([[[0.0, 0.0], [0.5, 1.0]]]), torch.tensor([[[0.0, 0.1], [0.5, 1.0]]])
+    sparse, dense = torch.tensor([[[0.0, 0.0], [1e-6, 1.0]]]), torch.tensor([[[0.0, 0.1], [0.5, 1.0]]])
     maps = {"several zeros": sparse, "scaled from its least": dense}
     figure = plots.attention(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), maps, ["cat"])
     unread, least = (ax.images[0].get_array()[::2, ::2].sum(-1) for ax in figure.axes[1:3])

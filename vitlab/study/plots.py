@@ -270,8 +270,8 @@ def fields(found, *, patch):
 def attention(images, maps, titles):
     """Images N C H W (uint8) over their attention maps {name: N g g in [0, 1]}, enlarged and laid on top.
 
-    Black are weights of exactly 0, which only several patches share: maps are scaled, so that the least of other
-    weights is 0 as well. It shows the image in dark violet.
+    Black are weights of exactly 0, where several patches have it. A single 0 is but the least weight of a map that was
+    scaled; there the image shows in dark violet.
     """
     grey = images.cpu().float().mean(1, keepdim=True)
     low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
