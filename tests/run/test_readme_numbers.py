@@ -10,6 +10,8 @@ from statistics import mean, median, pvariance, variance
 import pytest
 from scipy import stats
 
+from vitlab.run.prose import titled
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = r"\d+(?:\.\d+)?"
@@ -115,7 +117,7 @@ def test_the_rows_behind_the_picture_are_those_on_it():
 
 
 def test_findings_are_sentences_that_a_notebook_wrote():
-    wrote = [c["text"] for path in ROOT.glob("results/*/*/conclusions.json")
+    wrote = [titled(c["text"]) for path in ROOT.glob("results/*/*/conclusions.json")
              for c in json.loads(path.read_text(encoding="utf-8"))["conclusions"]]  # fmt: skip
     for line in re.findall(r"^- (.+?)(?: \*\(made .+\)\*)?$", part("findings"), flags=re.M):
         assert line in wrote

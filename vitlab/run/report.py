@@ -9,6 +9,7 @@ from pathlib import Path
 from vitlab.metrics.measure import COLUMNS, show
 from vitlab.run import notebooks as nb
 from vitlab.run import runner, stamps
+from vitlab.run.prose import titled, words
 from vitlab.study import claims, verdicts, zoo
 from vitlab.study.noise import TIMES, change, image_noise, times
 from vitlab.study.study import read_rows
@@ -181,12 +182,8 @@ def _found(evidence, number, arm, control):
     return f"{change(once, arm, control, shared)}, {speed:.2f}x the throughput", ", ".join(filter(None, notes))
 
 
-def words(text):
-    return len(re.findall(r"\S*\w\S*", text))
-
-
 def findings(evidence, room):
-    """Of each notebook a sentence that is short enough for a newcomer; RESULTS.md has them all.
+    """Of each notebook a sentence that is short enough for a newcomer, with titles for names; RESULTS.md has all.
 
     The first with an interval, else the first that says how many seeds it had, else the first. Where there is no `room`
     for all (words), those that say how sure they are come first, the shortest of them before all, so that many find
@@ -197,10 +194,10 @@ def findings(evidence, room):
              for several in short if several]  # fmt: skip
     shown = []
     for line in sorted(lines, key=lambda line: (not SURE.search(line), words(line))):
-        if words(line) <= room and len(shown) < MOST:
+        if (need := words(titled(line))) <= room and len(shown) < MOST:
             shown.append(line)
-            room -= words(line)
-    shown = "".join(f"- {line}\n" for line in lines if line in shown)
+            room -= need
+    shown = "".join(f"- {titled(line)}\n" for line in lines if line in shown)
     return shown or "None yet: the notebooks write them when they run.\n"
 
 
