@@ -1,8 +1,12 @@
 """Figures and tables: not blank, told apart, with what they say."""
 
+from itertools import pairwise
+
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
@@ -99,3 +103,17 @@ def test_names_near_points_cover_no_marker_and_no_other_name():
         assert not any(box.contains(*at) for at in ax.transData.transform([*points, *crowd]))
         assert box.count_overlaps(list(boxes.values())) == 1 and figure.bbox.fully_containsx(box.x1)
     matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize("low, high", [(0.33, 0.7), (2.1, 2.6), (16, 29), (3, 9), (0.1, 30), (1, 5000)])
+def test_a_logarithmic_axis_has_numbers_that_do_not_overlap(low, high):
+    figure, ax = plt.subplots(figsize=(3.6, 3))
+    ax.plot([low, high], [0, 0])
+    ax.set(xscale="log")
+    plots.plain_log(ax.xaxis)
+    figure.canvas.draw()
+    left, right = ax.get_xlim()
+    labels = zip(ax.get_xticks(), ax.get_xticklabels())
+    shown = [label.get_window_extent() for at, label in labels if left <= at <= right]
+    assert len(shown) >= 3
+    assert all(one.x1 < other.x0 for one, other in pairwise(shown))

@@ -11,7 +11,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from vitlab.metrics.measure import COLUMNS
 from vitlab.study.label_plots import literal, name_beside
@@ -149,10 +149,13 @@ def tradeoff(rows, costs=("macs", "latency_ms")):
 
 
 def plain_log(axis_):
-    """Plain numbers on a logarithmic axis."""
+    """Plain numbers on a logarithmic axis, three of them at least."""
     low, high = axis_.get_view_interval()
-    steps = (1, 3) if high > 80 * low else (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
-    axis_.set_major_locator(LogLocator(subs=steps))
+    per_decade = {1000: (1,), 80: (1, 3), 8: (1, 2, 5), 0: (1, 1.5, 2, 3, 5, 7)}
+    steps = next(steps for span, steps in per_decade.items() if high > span * low)
+    nice = [step * 10.0**power for power in range(-12, 13) for step in steps]
+    few = sum(low <= tick <= high for tick in nice) < 3  # where LogLocator gives one, or fills the axis
+    axis_.set_major_locator(MaxNLocator(5) if few else LogLocator(subs=steps))
     axis_.set_major_formatter("{x:g}")
     axis_.set_minor_formatter(NullFormatter())
 
