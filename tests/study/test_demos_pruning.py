@@ -12,7 +12,6 @@ from vitlab.compress.pruning.criteria import score
 from vitlab.compress.pruning.structured import shape_of
 from vitlab.data import datasets
 from vitlab.models import checkpoint
-from vitlab.models.resnet import ResNetConfig
 from vitlab.run.notebooks import read_yaml
 from vitlab.study import pruning as pruned
 from vitlab.study import study as studies
@@ -59,15 +58,3 @@ def test_arms_are_found_by_the_notebook_and_have_learnt(seed, tmp_path, monkeypa
     assert {role: arm.key for role, arm in found.items()} == {role: about["key"] for role, about in abouts.items()}
     reached = {role: about["history"][-1]["val_accuracy"] for role, about in abouts.items()}
     assert min(reached.values()) > 65 and reached["uncut"] > 75, "worth pruning"
-
-
-@pytest.mark.parametrize("path", sorted(studies.DEMO.glob("cnn-cifar10-s*.safetensors")), ids=lambda p: p.stem)
-def test_the_cnn_that_teaches_knows_more_than_its_student(path):
-    ours, about = zoo.scaled("ours", PLAN["changes"]["ours"]), checkpoint.read(path).about
-    recipe = replace(ours.recipe, seed=about["seed"], **{k: v for k, v in PLAN["cnn"].items() if k != "widths"})
-    config = ResNetConfig(image_size=ours.config.image_size, widths=PLAN["cnn"]["widths"])
-    assert about["key"] == studies.arm_key(config, recipe, about["data"])
-    number = "" if about["seed"] == 0 else f"-s{about['seed']}"
-    student = checkpoint.read(studies.DEMO / f"ours-cifar10-muon{number}.safetensors").about
-    assert student["data"] == about["data"]
-    assert about["history"][-1]["val_accuracy"] > student["history"][-1]["val_accuracy"]
