@@ -18,6 +18,7 @@ def titled(text):
 
     def title(found):
         owner, rest = re.fullmatch(r"((?:our|.+?'s) )?(.+)", zoo.get(found["name"]).title).groups("")
+        # a shorter word: README holds a finding fewer with "conv-stem baseline"
         said = owner + (f"{found['size']} " if found["size"] else "") + rest.replace("conv-stem baseline", "ViT")
         return said[0].upper() + said[1:] if re.search(r"(^|[.:] |\.\*\* )$", text[: found.start()]) else said
 
